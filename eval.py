@@ -1,0 +1,133 @@
+"""Evaluation: any policy on any task, over seeded episodes, with 95 % intervals.
+
+    python eval.py --run runs/blackjack --episodes 1000 --seed 0
+    python eval.py --env blackjack --policy expert --episodes 1000 --json
+
+An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
+"""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import env
+import prompts
+
+EVAL_SEEDS = 1_000_000  # evaluation episodes are seeded from here on, training episodes below
+
+
+def random_agent(rng):
+    """Uniformly random legal actions."""
+    return lambda images, infos: [(str(rng.choice(info["legal_actions"])), True) for info in infos]
+
+
+def expert_agent(name):
+    """The task's expert, who sees the true state."""
+    return lambda images, infos: [(env.expert_action(name, info), True) for info in infos]
+
+
+def model_agent(policy, name, rng):
+    """A vision-language model: picture and prompt in, answer out, parsed by f."""
+    def agent(images, infos):
+        answers = policy.act(images, [prompts.build_prompt(name, info) for info in infos])
+        return [prompts.parse_action(answer.text, info["legal_actions"], rng) for answer, info in zip(answers, infos)]
+    return agent
+
+
+def wilson_interval(successes, n, z=1.96):
+    """95 % confidence interval of a rate (Wilson's score interval), as [low, high]."""
+    p = successes / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max((center - half) / (1 + z * z / n), 0.0), min((center + half) / (1 + z * z / n), 1.0)]
+
+
+def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
+    """Play `episodes` episodes of the task `name`; episode i is the same for every agent with the same seed.
+
+    Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose
+    answer named no legal action), episode_length (mean, in steps), seconds.
+    """
+    began, n = time.time(), min(num_envs, episodes)
+    first = EVAL_SEEDS * (seed + 1)
+    games = env.make_vector_env(name, n)
+    images, infos = games.reset(seed=[first + i for i in range(n)])
+    infos = env.split_info(infos, range(n))
+    started, active = n, np.ones(n, bool)
+    returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
+    finished = []  # (success, return, length) of each episode
+    with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
+        while active.any():
+            playing = np.flatnonzero(active)
+            actions = np.zeros(n, int)
+            for i, (action, was_legal) in zip(playing, agent(images[playing], [infos[i] for i in playing])):
+                actions[i] = infos[i]["legal_actions"].index(action)
+                illegal += not was_legal
+            images, rewards, terminated, truncated, step_infos = games.step(actions)
+            infos = env.split_info(step_infos, range(n))
+            returns, lengths, over = returns + rewards, lengths + 1, terminated | truncated
+            seeds = [None] * n
+            for i in np.flatnonzero(over & active):
+                finished.append((infos[i]["success"], returns[i], lengths[i]))
+                bar.update()
+                returns[i] = lengths[i] = 0
+                active[i] = started < episodes  # else its place is played on, but not counted
+                seeds[i], started = first + started, started + 1
+            if over.any():
+                images, reset_infos = games.reset(seed=seeds, options={"reset_mask": over})
+                for i, info in zip(np.flatnonzero(over), env.split_info(reset_infos, np.flatnonzero(over))):
+                    infos[i] = info
+    success, returns, lengths = map(np.array, zip(*finished))
+    return {"episodes": episodes, "success_rate": float(success.mean()), "ci95": wilson_interval(success.sum(), episodes),
+            "mean_return": float(returns.mean()), "illegal_rate": illegal / int(lengths.sum()),
+            "episode_length": float(lengths.mean()), "seconds": round(time.time() - began, 2)}
+
+
+def table(rows):
+    """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
+    lines = [f"{'policy':<10} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
+    for name, r in rows.items():
+        low, high = r["ci95"]
+        lines.append(f"{name:<10} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  {r['mean_return']:>+7.2f}  "
+                     f"{r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = env.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="directory of a training run: evaluates its model")
+    parser.add_argument("--env", choices=env.GAMES, help="the task (default: the run's)")
+    parser.add_argument("--policy", choices=["random", "expert", "sft", "rl"], help="whom to evaluate; sft and rl are a run's (default: rl)")
+    parser.add_argument("--episodes", type=env.positive_int, default=1000, help="episodes to play")
+    parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
+    parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    if args.policy in ("random", "expert"):
+        if not args.env:
+            parser.error(f"--policy {args.policy} needs --env")
+        agent = random_agent(rng) if args.policy == "random" else expert_agent(args.env)
+    else:
+        if not args.run:
+            parser.error("name a run with --run, or --env with --policy random or expert")
+        import torch
+
+        import train  # loading a model takes seconds: only where one is needed
+        args.policy = args.policy or "rl"
+        try:
+            policy, config = train.load_run(args.run, args.policy)
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{args.run} holds no run that can be loaded: {error}")
+        args.env = args.env or config["env"]
+        torch.manual_seed(args.seed)
+        agent = model_agent(policy, args.env, rng)
+    result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, args.episodes, args.seed, args.num_envs)
+    print(json.dumps(result) if args.json else f"{args.env}, seed {args.seed}\n{table({args.policy: result})}")
+
+
+if __name__ == "__main__":
+    main()

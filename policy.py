@@ -1,0 +1,278 @@
+"""The agent: a vision-language model that answers pictures and prompts, and a value head.
+
+    policy = VLMPolicy(*load_model("tiny"))      # or any image-text-to-text model of `transformers`
+    policy.add_lora(rank=16, alpha=32)
+    answers = policy.act(images, prompts)        # sample v_out, with log-probabilities and values
+    scores = policy.evaluate(answers)            # the same quantities again, with gradients
+
+`act` and `evaluate` agree to rounding, so the PPO ratio is 1 before the first gradient step: there is no
+dropout in either, both mask the same tokens, and log-probabilities are float32 at the sampling temperature.
+
+`python policy.py` lets the model answer one picture.
+"""
+import bisect
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+from prompts import action_start, corpus  # noqa: E402
+
+
+@dataclass
+class Answer:
+    """One answer v_out = v_tht + v_act, with all that is needed to score it again under its own prompt."""
+    inputs: dict            # picture and prompt as the processor made them, unpadded, batch size 1
+    tokens: torch.Tensor    # (length,) int64, with the end-of-sequence token if there is one
+    action_at: int          # index of the first token of v_act; == length if there is no `"action":`
+    text: str
+    logp_cot: float = 0.0   # log p(v_tht | o, v_in), summed over tokens
+    logp_action: float = 0.0  # log p(v_act | o, v_in, v_tht), summed over tokens
+    value: float = 0.0      # V(o, v_in)
+
+
+@dataclass
+class Scores:
+    """What `evaluate` returns, each of shape (batch,), float32, with gradients where they are on."""
+    logp_cot: torch.Tensor
+    logp_action: torch.Tensor
+    value: torch.Tensor
+    entropy: torch.Tensor  # mean over the answer's tokens, in nats; no gradient
+
+
+class VLMPolicy(nn.Module):
+    """A vision-language model with a value head.
+
+    model: any `transformers` image-text-to-text model; processor: its processor, with a chat template;
+    temperature: of sampling and of all log-probabilities; max_new_tokens: longest answer.
+    """
+
+    def __init__(self, model, processor, temperature=1.0, max_new_tokens=96):
+        super().__init__()
+        self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        width = model.get_output_embeddings().in_features
+        # MLP D -> 1024 -> 512 -> 1 on the last hidden state of the prompt's last token (paper, appendix).
+        self.value_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
+                                        nn.Linear(512, 1)).to(model.device)
+        # The language head's input is the last hidden state, whatever the model family calls it.
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        eos = model.generation_config.eos_token_id
+        self.eos = set(eos if isinstance(eos, list) else [eos, self.tokenizer.eos_token_id]) - {None}
+        # A sampled image placeholder would crash the next forward pass: no special token but the end may be
+        # sampled, nor any row of the vocabulary that the tokenizer does not know.
+        forbidden = torch.zeros(model.get_output_embeddings().out_features)
+        forbidden[list(set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder))] = -torch.inf
+        forbidden[len(self.tokenizer):] = -torch.inf
+        forbidden[list(self.eos)] = 0
+        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
+        self.chat = lru_cache(maxsize=4096)(self._chat)
+
+    def _keep_hidden(self, module, args):
+        self.hidden = args[0]
+
+    def add_lora(self, rank, alpha):
+        """Freeze the model and put a fresh LoRA on all linear layers of vision tower, projector and language model."""
+        self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0,
+                                                           target_modules="all-linear")).eval()
+
+    def save(self, directory):
+        """Write the adapter and the value head to `directory`, as safetensors."""
+        self.model.save_pretrained(directory / "adapter")
+        save_file(self.value_head.state_dict(), directory / "value_head.safetensors")
+
+    def load(self, directory):
+        """Read what `save` wrote. Raises OSError or ValueError where it is not there."""
+        self.model = PeftModel.from_pretrained(self.model, str(directory / "adapter"), is_trainable=True).eval()
+        self.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
+
+    # -- from pictures and texts to tensors -----------------------------------------------------------
+
+    def _chat(self, prompt):
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def encode(self, images, prompts):
+        """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
+        texts = [self.chat(prompt) for prompt in prompts]
+        bos = self.tokenizer.bos_token
+        batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
+                               add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
+        lengths = batch["attention_mask"].sum(1).tolist()
+        # Text tensors lose their padding; of all others (pixels, patch grids, ...) each sample owns an equal part.
+        return [{key: x[i: i + 1, -lengths[i]:] if x.shape == batch["input_ids"].shape
+                 else x[i * len(x) // len(texts): (i + 1) * len(x) // len(texts)] for key, x in batch.items()}
+                for i in range(len(texts))]
+
+    def collate(self, inputs):
+        """Join a list of `Answer.inputs` into one batch, text tensors padded on the left."""
+        text = [key for key, x in inputs[0].items() if x.shape == inputs[0]["input_ids"].shape]
+        batch = {}
+        for key in inputs[0]:
+            rows = [x[key] for x in inputs]
+            fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
+            batch[key] = pad_sequence([row[0] for row in rows], True, fill, "left") if key in text else torch.cat(rows)
+            batch[key] = batch[key].to(self.model.device)
+        return batch
+
+    def demonstrate(self, images, prompts, texts):
+        """Given answers instead of sampled ones, as a list of `Answer` for `evaluate`."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [self._answer(inputs, torch.tensor(row + [self.tokenizer.eos_token_id]))
+                for inputs, row in zip(self.encode(images, prompts), rows)]
+
+    def _answer(self, inputs, tokens):
+        ids = tokens.tolist()
+
+        def decode(n):
+            return self.tokenizer.decode(ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        text = decode(len(ids))
+        # The first token whose text reaches past the start of `"action":`, by bisection over prefixes.
+        start = action_start(text)
+        at = len(ids) if start == len(text) else bisect.bisect_right(range(len(ids)), start, key=lambda k: len(decode(k + 1)))
+        return Answer(inputs, tokens, at, text)
+
+    # -- sampling and scoring -------------------------------------------------------------------------
+
+    def log_probs(self, logits):
+        """Log-probabilities, float32, of the distribution that is sampled from; logits: (..., vocabulary)."""
+        return torch.log_softmax(logits.float() / self.temperature + self.forbidden, -1)
+
+    def value_of_last_token(self):
+        return self.value_head(self.hidden[:, 0].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def value(self, images, prompts):
+        """V(o, v_in) of N states, shape (N,)."""
+        self.model(**self.collate(self.encode(images, prompts)), use_cache=False, logits_to_keep=1)
+        return self.value_of_last_token()
+
+    @torch.no_grad()
+    def act(self, images, prompts):
+        """Sample an answer to each of N pictures and prompts; returns a list of N `Answer`."""
+        inputs = self.encode(images, prompts)
+        batch = self.collate(inputs)
+        n, mask = len(inputs), batch["attention_mask"]
+        output = self.model(**batch, use_cache=True, logits_to_keep=1)
+        values = self.value_of_last_token().tolist()
+        tokens = torch.zeros(n, self.max_new_tokens, dtype=torch.long)
+        logps = torch.zeros(n, self.max_new_tokens)
+        lengths = torch.zeros(n, dtype=torch.long)
+        rows = torch.arange(n)  # rows of the batch that are still writing
+        eos = torch.tensor(sorted(self.eos))
+        for t in range(self.max_new_tokens):
+            logp = self.log_probs(output.logits[:, -1])
+            token = torch.multinomial(logp.exp(), 1)
+            tokens[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
+            writing = lengths[rows] == 0
+            done = torch.isin(tokens[rows, t], eos) & writing
+            lengths[rows[done]] = t + 1
+            writing &= ~done
+            if not writing.any():
+                break
+            if writing.sum() < 0.75 * len(rows):  # finished answers leave the batch, several at a time
+                keep = writing.nonzero()[:, 0]
+                rows, token, mask = rows[keep], token[keep.to(token.device)], mask[keep.to(mask.device)]
+                output.past_key_values.batch_select_indices(keep.to(token.device))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            output = self.model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values,
+                                use_cache=True)
+        lengths[lengths == 0] = self.max_new_tokens
+        answers = [self._answer(inputs[i], tokens[i, :lengths[i]].clone()) for i in range(n)]
+        for answer, logp, value in zip(answers, logps.double(), values):
+            answer.value = value
+            answer.logp_cot = logp[:answer.action_at].sum().item()
+            answer.logp_action = logp[answer.action_at:len(answer.tokens)].sum().item()
+        return answers
+
+    def evaluate(self, answers):
+        """Score a list of `Answer` again, each under its own picture and prompt; returns `Scores`."""
+        batch = self.collate([answer.inputs for answer in answers])
+        tokens = pad_sequence([answer.tokens for answer in answers], True, self.tokenizer.pad_token_id).to(self.model.device)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        length = torch.tensor([len(answer.tokens) for answer in answers], device=tokens.device)[:, None]
+        action_at = torch.tensor([answer.action_at for answer in answers], device=tokens.device)[:, None]
+        extra = {"input_ids": tokens, "attention_mask": (place < length).long()}
+        batch = {key: torch.cat([x, extra.get(key, torch.zeros_like(tokens))], 1) if x.shape == batch["input_ids"].shape
+                 else x for key, x in batch.items()}
+        # Logits for the answer only; the first kept place is the prompt's last token, which the value head reads.
+        logits = self.model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+        logp_all = self.log_probs(logits)
+        logp = logp_all.gather(2, tokens[..., None])[..., 0].masked_fill(place >= length, 0)
+        with torch.no_grad():
+            entropy = -(logp_all.exp() * logp_all.clamp(min=-1e4)).sum(-1).masked_fill(place >= length, 0)
+        return Scores(logp_cot=(logp * (place < action_at)).sum(1), logp_action=(logp * (place >= action_at)).sum(1),
+                      value=self.value_of_last_token(), entropy=entropy.sum(1) / length[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_model(name, seed=0):
+    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one."""
+    if name == "tiny":
+        return build_tiny(seed)
+    return AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}\nAnswer: {% endif %}")
+
+
+def build_tiny(seed=0):
+    """A LLaVA of about 1 M parameters with processor, tokenizer and chat template, built here: no download.
+
+    A picture is 100 x 100 pixels, 25 patches of 20: about a patch a card. Everything else is the code that
+    a LLaVA of 7 B parameters runs.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+                              MistralConfig, PreTrainedTokenizerFast)
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    specials = ["<pad>", "<s>", "</s>", "<image>"]
+    tokenizer = Tokenizer(models.BPE())
+    # Numbers and operators stay whole and alone; a phrase between them may grow into a single token, so the
+    # instructions, which never change, cost the small model little.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\d+|[-+*/()=>]|[A-Za-z][A-Za-z ]*|[^-+*/()=>\dA-Za-z]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=20, special_tokens=specials, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>", additional_special_tokens=["<image>"])
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"height": 100, "width": 100}, do_center_crop=False, resample=4), tokenizer,
+        patch_size=20, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+                                       num_attention_heads=4, image_size=100, patch_size=20),
+        text_config=MistralConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
+                                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                                  max_position_embeddings=1024, sliding_window=None, pad_token_id=0,
+                                  bos_token_id=1, eos_token_id=2),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        # The library's std of 0.02 suits a width of 4096. At 128 it makes so quiet a network that it never
+        # learns to look at the picture; Xavier's scale keeps the signal's size from layer to layer.
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+    return model, processor

@@ -1,0 +1,182 @@
+"""What the model reads and what is made of its answer: prompts, demonstrations, and the parser f.
+
+    prompt = build_prompt("blackjack", info)                              # v_in, without the picture
+    answer = demonstration("blackjack", info, "hit")                      # an expert's v_out, for SFT
+    action, was_legal = parse_action(answer, info["legal_actions"], rng)  # the paper's f
+
+An answer is a JSON object: key-state fields that say what the picture shows, "thoughts", then "action".
+All up to the key `"action":` is the chain of thought (CoT), the rest is the action (paper, section 4).
+`action_start` finds that place in the *text*, so that it holds for any tokenizer.
+
+`python prompts.py --env blackjack` prints a prompt, an answer and what the parser makes of it.
+"""
+import json
+import re
+from dataclasses import dataclass
+from typing import Callable
+
+import gymnasium as gym
+import numpy as np
+
+import env
+
+# ---------------------------------------------------------------------------------------------------
+# The tasks in words
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is told to the model. Every function takes the environment's `info` and nothing else."""
+    rules: str                          # the task, the same in every state
+    fields: dict                        # key-state fields: name -> (what to write there, function: the truth)
+    thoughts: Callable[[dict], str]     # what an expert thinks here
+    state: Callable[[dict], str] = lambda info: ""  # what the text tells of this state beside the picture
+
+
+def ranks(cards):
+    return [card[:-1] for card in cards]
+
+
+def points_task(count, target, entries):
+    def thoughts(info):
+        # The whole plan at every step, split where the formula stands: the next entry follows the `>`.
+        hand, formula = " ".join(map(str, sorted(info["numbers"]))), info["formula"]
+        plan = env.solve(info["numbers"], target, formula)
+        if plan is None:
+            return f"{hand} cannot make {target}"
+        return f"{hand} make {target}: {''.join(formula)} > {''.join(plan[len(formula):])}="
+
+    return Task(
+        rules=f"The picture shows {count} playing cards. Write a formula that uses each card once and equals {target}, "
+              f"one entry at a time: a number or one of {entries}. A counts 1; J, Q and K count 10. The entry = hands it in",
+        fields={"cards": (["rank of each card"], lambda info: ranks(info["cards"])),
+                "formula": ("the formula so far", lambda info: "".join(info["formula"]))},
+        thoughts=thoughts,
+        state=lambda info: f"Formula so far: {''.join(info['formula'])}\n")
+
+
+def blackjack_thoughts(info):
+    hard = sum(map(env.card_number, info["player"]))
+    dealer = env.card_number(info["dealer_card"])
+    return f"{'soft' if info['player_total'] > hard else 'hard'} {info['player_total']} against {'A' if dealer == 1 else dealer}"
+
+
+TASKS = {
+    "numberline": Task(
+        rules="The picture shows a target number and a current number. Make them equal, one step at a time: "
+              "+ adds 1 to the current number and - takes 1 away",
+        fields={"target": ("the target number", lambda info: info["target"]),
+                "current": ("the current number", lambda info: info["current"])},
+        thoughts=lambda info: f"the target is {'above' if info['target'] > info['current'] else 'below'}"),
+    "ezpoints": points_task("two", 12, "+ *"),
+    "points24": points_task("four", 24, "+ - * / ( )"),
+    "blackjack": Task(
+        rules="The picture shows a hand of blackjack. Come closer to 21 than the dealer without going over: "
+              "hit draws a card and stand ends your turn",
+        fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
+                "hand": (["rank of each of your cards"], lambda info: ranks(info["player"]))},
+        thoughts=blackjack_thoughts),
+}
+
+
+def build_prompt(name, info):
+    """The text v_in that goes to the model with the picture.
+
+    name: a key of TASKS; info: the environment's `info` in this state. The prompt states the task, the part
+    of the state that is told in words, the legal actions and the output format (paper, section 4.1).
+    """
+    task = TASKS[name]
+    form = {field: what for field, (what, _) in task.fields.items()}
+    form |= {"thoughts": "what follows from this", "action": "a legal action"}
+    return (f"{task.rules}.\n{task.state(info)}Legal actions: {', '.join(info['legal_actions'])}\n"
+            f"Answer in JSON: {json.dumps(form)}")
+
+
+def demonstration(name, info, action):
+    """The answer of an agent that sees right, reasons right and plays `action`: a JSON object as text."""
+    task = TASKS[name]
+    answer = {field: truth(info) for field, (_, truth) in task.fields.items()}
+    return json.dumps(answer | {"thoughts": task.thoughts(info), "action": action})
+
+
+def corpus(episodes=100, seed=0):
+    """Prompts and answers from randomly played episodes of every task: what the tiny model's tokenizer learns from."""
+    rng, texts = np.random.default_rng(seed), []
+    for name in TASKS:
+        game = gym.make(env.env_id(name))
+        for episode in range(episodes):
+            _, info = game.reset(seed=seed + episode)
+            over = False
+            while not over:
+                action = int(rng.integers(len(info["legal_actions"])))
+                texts += [build_prompt(name, info), demonstration(name, info, info["legal_actions"][action])]
+                _, _, terminated, truncated, info = game.step(action)
+                over = terminated or truncated
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------
+# The parser
+
+QUOTES = "\"'`\u201c\u201d\u2018\u2019"
+SPAN = 200  # characters of an answer's value that are looked at; longer than any action
+KEYS = [re.compile(key, re.IGNORECASE) for key in (rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", r"\baction\s{0,9}:")]
+
+
+def find_keys(text):
+    """All places (match objects) of the key `"action":`; without quotes only where none has quotes."""
+    return next((found for key in KEYS if (found := list(key.finditer(text)))), [])
+
+
+def action_start(text):
+    """Index of the first character of `"action":` in `text`, where the CoT ends; len(text) if there is none."""
+    keys = find_keys(text)
+    return keys[0].start() if keys else len(text)
+
+
+def parse_action(text, legal_actions, rng):
+    """The paper's f: the action that `text` names, else a uniformly random legal one.
+
+    text: any string; legal_actions: list of str, not empty; rng: a numpy Generator, used for illegal answers
+    only. Returns (action, was_legal). Legal is exactly one action after the key `"action":`; quotes, spacing,
+    case, trailing text and missing braces do not matter; two different actions, or none, are illegal. Never
+    raises; time is linear in the text.
+    """
+    spans = {text[key.end(): key.end() + SPAN] for key in find_keys(text)}
+    names = {action.lower(): action for action in legal_actions}
+    # The longest name first, and none inside a longer word: 10 is not 1.
+    name = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" for n in sorted(names, key=len, reverse=True)))
+    found = set()
+    for span in spans:
+        value = span.lstrip()
+        if value[:1] and value[0] in QUOTES:  # a quoted value ends at the next quote, a bare one at , } or a line's end
+            value = re.split(rf"[{QUOTES}]", value[1:], maxsplit=1)[0].strip()
+        else:
+            value = re.split(r"[,}\n]", value, maxsplit=1)[0].strip()
+        value = value.lower()
+        if not name.match(value):
+            found = set()
+            break
+        found |= set(name.findall(value))
+        if len(found) > 1:
+            break
+    if len(found) == 1:
+        return names[found.pop()], True
+    return legal_actions[int(rng.integers(len(legal_actions)))], False
+
+
+def main():
+    parser = env.Parser(description="Print a prompt, an expert's answer and what the parser makes of it.")
+    parser.add_argument("--env", choices=TASKS, default="blackjack", help="the task")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the state")
+    args = parser.parse_args()
+    _, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
+    answer = demonstration(args.env, info, env.expert_action(args.env, info))
+    at = action_start(answer)
+    action, was_legal = parse_action(answer, info["legal_actions"], np.random.default_rng(args.seed))
+    print(f"--- prompt\n{build_prompt(args.env, info)}\n--- answer\n{answer}\n--- parsed\n"
+          f"thoughts: {answer[:at]!r}\naction:   {answer[at:]!r}\nplayed:   {action!r} (legal: {was_legal})")
+
+
+if __name__ == "__main__":
+    main()
