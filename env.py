@@ -35,12 +35,12 @@ def font(pixels):
     return ImageFont.load_default(pixels)  # Pillow's built-in scalable font: no font file to ship
 
 
-def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16):
+def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16, bold=0):
     """Write `text` centred at (x, y), shrunk until it fits into `max_width` pixels."""
     width = font(pixels).getlength(text)
     if width > max_width:
         pixels = max(8, int(pixels * max_width / width))
-    ImageDraw.Draw(picture).text(center, text, color, font(pixels), anchor="mm")
+    ImageDraw.Draw(picture).text(center, text, color, font(pixels), anchor="mm", stroke_width=bold, stroke_fill=color)
 
 
 def draw_suit(draw, suit, x, y, r, color):
@@ -308,10 +308,10 @@ class NumberLineEnv(Game):
     @lru_cache(maxsize=None)
     def _draw(target, current):
         picture = Image.new("RGB", (SIZE, SIZE), "#f4f1ea")
-        for y, color, name, number in ((78, "#1f6f54", "Target:", target), (222, "#28518f", "Current:", current)):
-            ImageDraw.Draw(picture).rounded_rectangle([14, y - 60, SIZE - 14, y + 60], 16, "white", color, 4)
-            draw_text(picture, name, (112, y), 42, color)
-            draw_text(picture, str(number), (240, y), 88, color)
+        for y, color, name, number in ((90, "#1f6f54", "Target:", target), (210, "#28518f", "Current:", current)):
+            ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
+            draw_text(picture, name, (100, y), 40, "#f4f1ea")
+            draw_text(picture, str(number), (240, y), 84, "white", bold=3)
         return picture
 
 

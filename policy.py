@@ -12,6 +12,7 @@ dropout in either, both mask the same tokens, and log-probabilities are float32 
 """
 import bisect
 import os
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,11 +21,15 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
 from prompts import action_start, corpus  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
 
 
 @dataclass
@@ -276,3 +281,31 @@ def build_tiny(seed=0):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
     return model, processor
+
+
+def main():
+    import gymnasium as gym
+
+    import env
+    from prompts import build_prompt
+
+    parser = env.Parser(description="Let a model answer one picture.")
+    parser.add_argument("--env", choices=env.GAMES, default="blackjack", help="the task")
+    parser.add_argument("--model", default="tiny", help="tiny, a model of the hub, or a folder (such as a run's sft/)")
+    parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes picture and answer")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    image, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
+    try:
+        policy = VLMPolicy(*load_model(args.model), temperature=0.5)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot load --model {args.model}: {str(error).splitlines()[0]}")
+    answer, = policy.act(image[None], [build_prompt(args.env, info)])
+    pieces = [repr(policy.tokenizer.decode([token]))[1:-1] for token in answer.tokens.tolist()]
+    print("thoughts:", "|".join(pieces[:answer.action_at]))
+    print("action:  ", "|".join(pieces[answer.action_at:]))
+    print(f"log p(thoughts) {answer.logp_cot:.3f}, log p(action) {answer.logp_action:.3f}, value {answer.value:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -144,8 +144,9 @@ def parse_action(text, legal_actions, rng):
     """
     spans = {text[key.end(): key.end() + SPAN] for key in find_keys(text)}
     names = {action.lower(): action for action in legal_actions}
-    # The longest name first, and none inside a longer word: 10 is not 1.
-    name = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" for n in sorted(names, key=len, reverse=True)))
+    # The longest name first, none inside a longer word (10 is not 1), and a sign only where it stands alone.
+    name = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" if n[-1:].isalnum() else rf"(?<!\S){re.escape(n)}(?!\S)"
+                               for n in sorted(names, key=len, reverse=True)))
     found = set()
     for span in spans:
         value = span.lstrip()

@@ -40,13 +40,12 @@ PRESETS = {
     "tiny": dict(
         cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
         lr_end=3e-5, adam_eps=1e-7, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
-        temperature=1.0, max_new_tokens=96, lora_rank=16, lora_alpha=32,
-        sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.5),
+        temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
+        sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
 }
 TASK_PRESETS = {
-    ("tiny", "blackjack"): dict(demo_noise=0.8),
-    ("tiny", "ezpoints"): dict(demo_noise=0.25),
-    ("tiny", "points24"): dict(demo_noise=0.1, sft_steps=3000, sft_batch=64),
+    ("tiny", "blackjack"): dict(demo_noise=0.9, sft_steps=800),
+    ("tiny", "points24"): dict(demo_noise=0.6, sft_steps=3000, sft_batch=64),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
 }
@@ -145,6 +144,7 @@ def sft(policy, config, log):
     images, infos = games.reset(seed=config.seed)
     infos = env.split_info(infos, range(n))
     optimizer = torch.optim.AdamW(policy.model.parameters(), config.sft_lr, weight_decay=0.0)
+    policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
     bar = tqdm(range(config.sft_steps), desc="SFT", unit="step", disable=None)
     for step in bar:
         warmup = min(1.0, (step + 1) / (0.03 * config.sft_steps))
@@ -160,10 +160,14 @@ def sft(policy, config, log):
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        images, infos, _ = play(games, infos, actions)
+        # Half of the slips are not played, so that good states are seen as often as spoilt ones.
+        played = [action if slip else env.expert_action(name, info)
+                  for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)]
+        images, infos, _ = play(games, infos, played)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
+    policy.temperature = config.temperature
 
 
 def play(games, infos, actions):
@@ -322,6 +326,11 @@ def main(argv=None):
     config.out = str(out)
     if (out / "config.json").exists():
         parser.error(f"{out} already holds a run: choose another --out")
+    cached = out.parent / "sft-cache" / sft_key(config)
+    try:
+        policy = build_policy(config, cached if cached.exists() else None)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot load --model {config.model}: {str(error).splitlines()[0]}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(config), indent=1))
@@ -335,12 +344,9 @@ def main(argv=None):
         metrics.write(json.dumps(rows[-1]) + "\n")
         metrics.flush()
 
-    cached = out.parent / "sft-cache" / sft_key(config)
     if cached.exists():
         print(f"SFT: weights reused from {cached}")
-        policy = build_policy(config, cached)
     else:
-        policy = build_policy(config)
         sft(policy, config, log)
         scratch = Path(f"{cached}.{os.getpid()}")
         policy.model.save_pretrained(scratch)

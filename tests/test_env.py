@@ -1,0 +1,208 @@
+"""The games: Gymnasium's own checks, seeds, and rules against a second implementation."""
+from fractions import Fraction
+from itertools import combinations_with_replacement, permutations, product
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import env
+
+
+@pytest.mark.parametrize("name", env.GAMES)
+def test_gymnasium_accepts_the_environment(name):
+    check_env(gym.make(env.env_id(name)).unwrapped)
+
+
+@pytest.mark.parametrize("name", env.GAMES)
+def test_a_seed_fixes_an_episode(name):
+    def episode(seed):
+        game, rng, trace = gym.make(env.env_id(name)), np.random.default_rng(0), []
+        image, info = game.reset(seed=seed)
+        over = False
+        while not over:
+            image, reward, terminated, truncated, info = game.step(int(rng.integers(len(info["legal_actions"]))))
+            trace.append((image.tobytes(), reward, terminated, truncated, str(info)))
+            over = terminated or truncated
+        return trace
+    assert episode(7) == episode(7)
+    assert any(episode(7) != episode(seed) for seed in range(8, 12))
+
+
+@pytest.mark.parametrize("name", env.GAMES)
+def test_wrong_use_raises_gymnasiums_errors(name):
+    game = env.GAMES[name]()
+    with pytest.raises(gym.error.ResetNeeded):
+        game.step(0)
+    _, info = game.reset(seed=0)
+    for action in (-1, len(info["legal_actions"]), 0.5, "hit"):
+        with pytest.raises(gym.error.InvalidAction):
+            game.step(action)
+    over = False
+    while not over:
+        over = any(game.step(0)[2:4])
+    with pytest.raises(gym.error.ResetNeeded):
+        game.step(0)
+
+
+# -- a second implementation of the rules, from the state before and after a step ---------------------
+
+
+def numberline_rule(before, action, after, steps):
+    position = max(0, min(5, before["current"] + {"+": 1, "-": -1}[action]))
+    assert after["current"] == position and after["target"] == before["target"]
+    if position == before["target"]:
+        return 1, True, False
+    closer = abs(position - before["target"]) < abs(before["current"] - before["target"])
+    return (0 if closer else -1), False, steps == 10
+
+
+def points_rule(target, places):
+    def rule(before, action, after, steps):
+        if action == "=":
+            text = "".join(before["formula"])
+            numbers = [int(e) for e in before["formula"] if e.isdigit()]
+            adjacent = any(a.isdigit() and b.isdigit() for a, b in zip(before["formula"], before["formula"][1:]))
+            try:  # few characters, our own alphabet: Python's grammar over exact fractions is a fair judge
+                value = None if adjacent else eval("".join(f"F({e})" if e.isdigit() else e for e in before["formula"]), {"F": Fraction})
+            except (SyntaxError, TypeError, ZeroDivisionError):
+                value = None
+            unary = any(a in "(+-*/" and b in "+-" for a, b in zip("(" + text, text))
+            call = ")(" in text or any(a.isdigit() and b == "(" or a == ")" and b.isdigit() for a, b in zip(text, text[1:]))
+            power = "**" in text or "//" in text
+            right = value == target and not (unary or call or power) and sorted(numbers) == sorted(before["numbers"])
+            return (10 if right else -1), True, False
+        if len(before["formula"]) == places:
+            return -1, False, True
+        assert after["formula"] == before["formula"] + [action]
+        left = list(before["numbers"])
+        for entry in before["formula"]:
+            if entry.isdigit() and int(entry) in left:
+                left.remove(int(entry))
+        return (-1 if action.isdigit() and int(action) not in left else 0), False, False
+    return rule
+
+
+@pytest.mark.parametrize("name, rule", [("numberline", numberline_rule), ("ezpoints", points_rule(12, 5)), ("points24", points_rule(24, 20))])
+def test_rules_against_a_second_implementation(name, rule):
+    game, rng = env.GAMES[name](), np.random.default_rng(1)
+    game.draw = lambda: np.zeros((300, 300, 3), np.uint8)
+    for episode in range(300):
+        _, before = game.reset(seed=episode)
+        steps, over, total = 0, False, 0
+        while not over:
+            good = rng.random() < 0.7
+            action = env.expert_action(name, before) if good else str(rng.choice(before["legal_actions"]))
+            _, reward, terminated, truncated, after = game.step(before["legal_actions"].index(action))
+            steps, total = steps + 1, total + reward
+            assert (reward, terminated, truncated) == rule(before, action, after, steps)
+            over = terminated or truncated
+            assert after["success"] == (over and total > 0)
+            before = after
+
+
+def total_of(cards):
+    total = sum({"A": 11, "J": 10, "Q": 10, "K": 10}.get(card[:-1]) or int(card[:-1]) for card in cards)
+    for card in cards:
+        if card[0] == "A" and total > 21:
+            total -= 10
+    return total
+
+
+def test_blackjack_rules():
+    game, rng = env.BlackjackEnv(), np.random.default_rng(2)
+    game.draw = lambda: np.zeros((300, 300, 3), np.uint8)
+    for episode in range(2000):
+        _, info = game.reset(seed=episode)
+        assert len(info["player"]) == 2 and info["player_total"] == total_of(info["player"])
+        over = False
+        while not over:
+            action = ("stand", "hit")[rng.integers(2)]
+            _, reward, over, truncated, info = game.step(info["legal_actions"].index(action))
+            player, dealer = total_of(info["player"]), total_of(game.dealer)
+            assert not truncated and info["player_total"] == player and info["dealer_card"] == game.dealer[0]
+            if action == "hit":
+                assert over == (player > 21) and reward == -over
+            else:
+                assert over and 17 <= dealer and total_of(game.dealer[:-1]) < 17 or len(game.dealer) == 2
+                assert reward == (1 if dealer > 21 else np.sign(player - dealer))
+
+
+def deals():
+    for a, b, dealer in product(env.CARD_PROBABILITY, repeat=3):
+        yield (env.CARD_PROBABILITY[a] * env.CARD_PROBABILITY[b] * env.CARD_PROBABILITY[dealer], a + b, 1 in (a, b), dealer)
+
+
+def test_blackjack_values_give_the_known_win_rates():
+    best = sum(p * max(env.blackjack_values(hard, ace, dealer, 0.0)) for p, hard, ace, dealer in deals())
+
+    def wins(hard, ace, dealer, share):  # share of standing, from the expected returns of (standing, hitting)
+        stand = sum(p for final, p in env.dealer_totals(dealer, dealer == 1) if final == 22 or env.hand_total(hard, ace) > final)
+        s = share(hard, ace, dealer)
+        hit = 0 if s == 1 else sum(p * wins(hard + n, ace or n == 1, dealer, share) for n, p in env.CARD_PROBABILITY.items() if hard + n <= 21)
+        return s * stand + (1 - s) * hit
+    expert = sum(p * wins(h, a, d, lambda *s: float(env.blackjack_values(*s)[0] >= env.blackjack_values(*s)[1])) for p, h, a, d in deals())
+    assert round(100 * best, 2) == 43.16 and round(100 * expert, 2) == 42.95
+
+
+def test_blackjack_random_play_wins_28_percent():
+    from functools import lru_cache
+
+    @lru_cache(None)
+    def wins(hard, ace, dealer):
+        stand = sum(p for final, p in env.dealer_totals(dealer, dealer == 1) if final == 22 or env.hand_total(hard, ace) > final)
+        hit = sum(p * wins(hard + n, ace or n == 1, dealer) for n, p in env.CARD_PROBABILITY.items() if hard + n <= 21)
+        return (stand + hit) / 2
+    assert round(100 * sum(p * wins(h, a, d) for p, h, a, d in deals()), 2) == 28.06
+
+
+def test_points24_bound():
+    share = solvable = 0
+    for hand in combinations_with_replacement(range(1, 11), 4):
+        if env.solve(hand, 24):
+            solvable += 1
+            share += sum(np.prod([env.CARD_PROBABILITY[n] for n in deal]) for deal in set(permutations(hand)))
+    assert solvable == 566 and round(100 * share, 2) == 73.09
+
+
+@pytest.mark.parametrize("text, value", [
+    ("8 / ( 3 - 8 / 3 )", 24), ("1 + 2 * 3", 7), ("( 1 + 2 ) * 3", 9), ("10 - 3 - 2", 5), ("8 / 4 / 2", 1), ("2", 2),
+    ("1 / ( 2 - 2 )", None), ("2 * * 3", None), ("8 / / 3", None), ("- 1", None), ("1 2", None), ("( 1", None), ("1 )", None),
+    ("( )", None), ("", None), ("1 +", None), ("3 ( 4 )", None), ("( 3 ) ( 4 )", None), ("1 + 11", None), ("1 / 3", Fraction(1, 3))])
+def test_formulas_are_exact(text, value):
+    assert env.evaluate_formula(text.split()) == value
+
+
+def test_long_formulas_are_refused_at_once():
+    assert env.evaluate_formula(["("] * 1_000_000) is None
+    assert env.evaluate_formula(["9", *["*", "9"] * 500_000]) is None
+
+
+def test_the_solver_continues_a_formula():
+    assert env.solve([3, 3, 8, 8], 24) == tuple("8/(3-8/3)")
+    assert env.solve([4, 6, 1, 1], 24, ["(", "1"])[:2] == ("(", "1")
+    assert env.solve([1, 1, 1, 1], 24) is None and env.solve([3, 3, 8, 8], 24, ["3"]) is None
+
+
+@pytest.mark.parametrize("name", ["numberline", "ezpoints"])
+def test_experts_always_succeed_where_they_can(name):
+    game = gym.make(env.env_id(name))
+    for seed in range(100):
+        _, info = game.reset(seed=seed)
+        over = False
+        while not over:
+            action = info["legal_actions"].index(env.expert_action(name, info))
+            _, _, terminated, truncated, info = game.step(action)
+            over = terminated or truncated
+        assert info["success"]
+
+
+def test_the_vector_keeps_truncation_and_termination_apart():
+    games = env.make_vector_env("numberline", 2)
+    _, infos = games.reset(seed=[0, 1])
+    for step in range(10):  # walk away from the target, so that only the time limit ends the episode
+        state = env.split_info(infos, range(2))
+        away = [1 - info["legal_actions"].index(env.expert_action("numberline", info)) for info in state]
+        _, _, terminated, truncated, infos = games.step(np.array(away))
+    assert not terminated.any() and truncated.all()

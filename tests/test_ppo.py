@@ -1,0 +1,116 @@
+"""Advantages by hand, and the update on a policy of two numbers."""
+import math
+
+import pytest
+import torch
+
+from ppo import Rollout, action_log_prob, compute_gae, explained_variance, ppo_update
+
+
+def rollout(rewards, values, next_values, terminated, truncated, answers=(), logp=None):
+    shape = (len(rewards), 1)
+    f = lambda x: torch.tensor(x, dtype=torch.float32).reshape(shape)  # noqa: E731
+    b = lambda x: torch.tensor(x, dtype=torch.bool).reshape(shape)  # noqa: E731
+    logp = torch.zeros(shape) if logp is None else logp.reshape(shape)
+    return Rollout(list(answers), torch.zeros(shape), logp, f(values), f(next_values), f(rewards), b(terminated), b(truncated))
+
+
+def test_gae_by_hand():
+    r = rollout([0, 1, 0, -1, 0], [.5, .8, .2, .3, .1], [.8, 9, .3, .4, .6], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0])
+    advantages, returns = compute_gae(r, gamma=0.9, gae_lambda=0.95)
+    a1, a3, a4 = 1 - .8, -1 + .9 * .4 - .3, .9 * .6 - .1
+    expected = [.9 * .8 - .5 + .855 * a1, a1, .9 * .3 - .2 + .855 * a3, a3, a4]
+    torch.testing.assert_close(advantages[:, 0], torch.tensor(expected))
+    torch.testing.assert_close(returns, advantages + r.values)
+
+
+def test_gae_with_lambda_one_is_the_discounted_return():
+    r = rollout([1, 2, 3], [5, 6, 7], [6, 7, 0], [0, 0, 1], [0, 0, 0])
+    _, returns = compute_gae(r, gamma=0.5, gae_lambda=1.0)
+    torch.testing.assert_close(returns[:, 0], torch.tensor([1 + .5 * 2 + .25 * 3, 2 + .5 * 3, 3.]))
+
+
+def test_an_episode_does_not_see_the_next_one():
+    args = [.1, .2, .3], [.2, .3, .4], [1, 0, 0], [0, 0, 0]
+    one, other = (compute_gae(rollout([1, 0, x], *args), 0.9, 0.95)[0][0, 0] for x in (0, 100))
+    assert one == other
+
+
+def test_cot_scale_weighs_the_thoughts_alone():
+    logp = action_log_prob(torch.tensor(-10.0), torch.tensor(-2.0), 0.3)
+    assert logp.item() == pytest.approx(-5.0)
+
+
+def test_explained_variance():
+    x = torch.tensor([1.0, 2.0, 4.0])
+    assert explained_variance(x, x) == 1 and explained_variance(torch.zeros(3), x) == 0
+    assert math.isnan(explained_variance(x, torch.ones(3)))
+
+
+class Bandit(torch.nn.Module):
+    """Two actions and no state: an `answer` is the index of the action."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits, self.v = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(()))
+
+    def evaluate(self, answers):
+        from policy import Scores
+        logp = self.logits.log_softmax(0)[torch.tensor(answers)]
+        return Scores(torch.zeros_like(logp), logp, self.v.expand(len(answers)), torch.zeros(len(answers)))
+
+
+def bandit_rollout(policy, n=32):
+    answers = [i % 2 for i in range(n)]
+    with torch.no_grad():
+        logp = policy.evaluate(answers).logp_action
+    return rollout([float(a) for a in answers], [0.0] * n, [0.0] * n, [1] * n, [0] * n, answers, logp)
+
+
+def update(policy, **kwargs):
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    return ppo_update(policy, optimizer, bandit_rollout(policy), cot_scale=0.3,
+                      **{"generator": torch.Generator().manual_seed(0), "max_grad_norm": 10.0, "minibatch": 16} | kwargs)
+
+
+def test_the_update_prefers_the_better_action_and_learns_the_value():
+    policy = Bandit()
+    stats = update(policy)
+    assert policy.logits[1] > policy.logits[0] and policy.v > 0
+    assert stats["first_ratio_error"] == 0 and stats["approx_kl"] > 0
+
+
+def test_the_first_gradient_is_the_policy_gradient():
+    policy = Bandit()
+    update(policy, epochs=1, minibatch=32, value_coef=0.0)
+    advantages = torch.tensor([-1.0, 1.0] * 16)
+    advantages /= advantages.std()
+    # d/dlogit_1 of mean(A * log pi) = mean(A * (1[a = 1] - pi_1))
+    expected = 0.1 * (advantages * (torch.tensor([0.0, 1.0] * 16) - 0.5)).mean()
+    torch.testing.assert_close(policy.logits[1].detach(), expected)
+
+
+def test_micro_batches_change_nothing():
+    one, other = Bandit(), Bandit()
+    update(one, microbatch=16)
+    update(other, microbatch=3)
+    torch.testing.assert_close(one.logits, other.logits)
+
+
+def test_clipped_samples_give_no_gradient():
+    policy = Bandit()
+    r = bandit_rollout(policy)
+    r.logp_action = r.logp_action - torch.tensor([-1.0, 1.0] * 16)[:, None]  # ratios beyond the clip, the advantage's way
+    ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=1, minibatch=32, value_coef=0.0)
+    assert policy.logits.abs().max() == 0
+
+
+def test_target_kl_ends_the_update():
+    def mini_batches(target_kl):
+        policy, calls = Bandit(), []
+        evaluate = policy.evaluate
+        r = bandit_rollout(policy)
+        policy.evaluate = lambda answers: calls.append(len(answers)) or evaluate(answers)
+        ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=5, minibatch=16, target_kl=target_kl)
+        return len(calls)
+    assert mini_batches(None) == 10 and mini_batches(1e-9) == 2  # the first has no KL yet

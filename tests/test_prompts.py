@@ -1,0 +1,87 @@
+"""The parser f and the demonstrations."""
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import env
+from prompts import TASKS, action_start, build_prompt, demonstration, parse_action
+
+CARDS = ["stand", "hit"]
+POINTS = env.Points24Env.actions
+
+
+def parse(text, legal=CARDS):
+    return parse_action(text, list(legal), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("text", [
+    '{"thoughts": "x", "action": "hit"}', '"action": "hit"', '"action":"HIT', "'action': 'hit'", '"action" : hit }', 'action: hit',
+    '"Action": " hit "} I am sure.', '{"action": "hit!"}', '"action": “hit”', '"action": "hit", "action": "hit"',
+    r'"thoughts": "\"action\": \"stand\"", "action": "hit"', '"thoughts": "the action: stand", "action": "hit"', '"action": "hit me"'])
+def test_legal_answers(text):
+    assert parse(text) == ("hit", True)
+
+
+@pytest.mark.parametrize("text", [
+    "", "hit", "{}", '"action"', '"action":', '"action": ""', '"action": "jump"', '"action": "hit or stand"', '"action": "white"',
+    '"action": "hit", "action": "stand"', '"action": ["hit", "stand"]', '"action": "hits"', '"action": "hit", "action": "jump"'])
+def test_illegal_answers_become_a_random_legal_action(text):
+    action, was_legal = parse(text)
+    assert action in CARDS and not was_legal
+
+
+@pytest.mark.parametrize("text, expected", [("1", "1"), ("10", "10"), ("(", "("), (" + ", "+"), ("=", "=")])
+def test_ten_is_not_one(text, expected):
+    assert parse(f'{{"action": "{text}"}}', POINTS) == (expected, True)
+
+
+@pytest.mark.parametrize("text", ["11", "100", "-1", "3+4", "１", "**", "1.5"])
+def test_near_misses_are_illegal(text):
+    assert not parse(f'{{"action": "{text}"}}', POINTS)[1]
+
+
+def test_multi_word_actions_take_the_longest_name():
+    legal = ["go to drawer 1", "go to drawer 12", "look"]
+    assert parse('"action": "go to drawer 12"', legal) == ("go to drawer 12", True)
+    assert parse('"action": "Go to drawer 1."', legal) == ("go to drawer 1", True)
+
+
+def test_random_replacements_are_uniform_and_seeded():
+    rng = np.random.default_rng(0)
+    hits = sum(parse_action("?", CARDS, rng)[0] == "hit" for _ in range(2000))
+    assert 900 < hits < 1100
+    assert parse("?") == parse("?")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(['"action":', '"', "hit", "stand", "{", "}", "\\", "1", " ", "\n", "\x00", "é"])).map("".join)))
+def test_any_string_gives_a_legal_action(text):
+    action, was_legal = parse(text)
+    assert action in CARDS and isinstance(was_legal, bool)
+    assert 0 <= action_start(text) <= len(text)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_demonstrations_are_json_true_to_the_state_and_parsed_back(name):
+    game = gym.make(env.env_id(name))
+    for seed in range(20):
+        _, info = game.reset(seed=seed)
+        action = info["legal_actions"][seed % len(info["legal_actions"])]
+        text = demonstration(name, info, action)
+        answer = json.loads(text)
+        assert list(answer)[-2:] == ["thoughts", "action"]
+        assert all(answer[field] == truth(info) for field, (_, truth) in TASKS[name].fields.items())
+        assert parse(text, info["legal_actions"]) == (action, True)
+        assert text[action_start(text):].startswith('"action":')
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_name_every_legal_action_and_field(name):
+    _, info = gym.make(env.env_id(name)).reset(seed=0)
+    prompt = build_prompt(name, info)
+    assert ", ".join(info["legal_actions"]) in prompt and all(f'"{field}"' in prompt for field in TASKS[name].fields)
+    assert '"thoughts"' in prompt and '"action"' in prompt
