@@ -10,6 +10,7 @@ All up to the key `"action":` is the chain of thought (CoT), the rest is the act
 
 `python prompts.py --env blackjack` prints a prompt, an answer and what the parser makes of it.
 """
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -56,9 +57,11 @@ def points_task(count, target, entries):
 
 
 def blackjack_thoughts(info):
-    hard = sum(map(env.card_number, info["player"]))
+    # Longer hands are added up card by card, aces as 1: "12, 19, hard 20 against 10".
+    sums = list(itertools.accumulate(map(env.card_number, info["player"])))
     dealer = env.card_number(info["dealer_card"])
-    return f"{'soft' if info['player_total'] > hard else 'hard'} {info['player_total']} against {'A' if dealer == 1 else dealer}"
+    return ("".join(f"{total}, " for total in sums[1:-1]) + f"{'soft' if info['player_total'] > sums[-1] else 'hard'} "
+            f"{info['player_total']} against {'A' if dealer == 1 else dealer}")
 
 
 TASKS = {

@@ -34,12 +34,12 @@ from ppo import Rollout, ppo_update
 PRESETS = {
     "paper": dict(
         cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
-        lr_end=1e-9, adam_eps=1e-7, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
+        lr_end=1e-9, adam_eps=1e-7, target_kl=None, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
         temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
         sft_steps=1000, sft_batch=128, sft_lr=2e-5, demo_noise=0.5),
     "tiny": dict(
-        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
-        lr_end=3e-5, adam_eps=1e-7, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
+        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=1.5e-4,
+        lr_end=1.5e-5, adam_eps=1e-7, target_kl=0.02, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
 }
@@ -102,9 +102,8 @@ def parse_args(argv=None):
 
     preset = args.preset or ("tiny" if args.model == "tiny" else "paper")
     defaults = PRESETS[preset] | TASK_PRESETS.get((preset, args.env), {})
-    config = defaults | {key: value for key, value in vars(args).items() if value is not None}
-    config |= {"preset": preset, "target_kl": args.target_kl}
-    config = argparse.Namespace(**config)
+    config = defaults | {key: value for key, value in vars(args).items() if value is not None and key != "preset"}
+    config = argparse.Namespace(**config, preset=preset)
     if config.rollout_steps % config.num_envs:
         parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of --num-envs {config.num_envs}")
     if config.env_steps < config.rollout_steps:
