@@ -44,6 +44,7 @@ PRESETS = {
         sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
 }
 TASK_PRESETS = {
+    ("tiny", "numberline"): dict(env_steps=6144),
     ("tiny", "blackjack"): dict(demo_noise=0.9, sft_steps=800),
     ("tiny", "points24"): dict(demo_noise=0.6, sft_steps=3000, sft_batch=64),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
