@@ -220,6 +220,7 @@ class Game(gym.Env):
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.actions))
+        self.fixed = {*vars(self), "fixed", "spec"}  # the rest belongs to the episode
         self.over = True
 
     def deal(self):
@@ -268,6 +269,18 @@ class Game(gym.Env):
 
     def render(self):
         return np.asarray(self.draw(), np.uint8).copy()
+
+    def snapshot(self):
+        """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""
+        kept = {key: value for key, value in vars(self).items() if key not in self.fixed and key[0] != "_"}
+        return kept | {"chance": self.np_random.bit_generator.state}
+
+    def restore(self, snapshot):
+        """Go on from a `snapshot`; returns (picture, info)."""
+        snapshot = dict(snapshot)
+        self.np_random.bit_generator.state = snapshot.pop("chance")
+        vars(self).update(snapshot)
+        return self.render(), self._info()
 
     def deal_cards(self, ranks):
         """A card of a random suit for each index into RANKS: "AS" for 0, "10H" for 9, ..."""
@@ -495,19 +508,47 @@ def expert_action(name, info):
     return GAMES[name].expert(info)
 
 
-def make_vector_env(name, num_envs):
-    """`num_envs` games in lockstep behind Gymnasium's vector API.
+class Games:
+    """`num_envs` games of the task `name` in lockstep, behind Gymnasium's vector API; each begins anew when it ends.
 
-    Nothing resets by itself: the last picture of an episode stays visible, so that a truncated episode can
-    be bootstrapped from it, and the caller says when (and with which seed) the next one begins.
+    images (N, 300, 300, 3) uint8, infos: list of N dicts. Both are the states to act in next.
     """
-    return gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name))] * num_envs, autoreset_mode="Disabled")
+
+    def __init__(self, name, num_envs, seed):
+        # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
+        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name))] * num_envs, autoreset_mode="Disabled")
+        images, infos = self.vector.reset(seed=seed)
+        self.images, self.infos = images, split_info(infos)
+
+    def step(self, actions, seeds=itertools.repeat(None)):
+        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an iterator).
+
+        Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), images, infos.
+        """
+        indices = np.array([info["legal_actions"].index(action) for info, action in zip(self.infos, actions)])
+        images, rewards, terminated, truncated, infos = self.vector.step(indices)
+        step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "images": images, "infos": split_info(infos)}
+        self.images, self.infos, over = images, list(step["infos"]), terminated | truncated
+        if over.any():
+            self.images, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over],
+                                                   options={"reset_mask": over})
+            infos = split_info(infos)
+            for i in np.flatnonzero(over):
+                self.infos[i] = infos[i]
+        return step
+
+    def snapshot(self):
+        return [game.unwrapped.snapshot() for game in self.vector.envs]
+
+    def restore(self, snapshots):
+        images, self.infos = zip(*(game.unwrapped.restore(kept) for game, kept in zip(self.vector.envs, snapshots)))
+        self.images, self.infos = np.stack(images), list(self.infos)
 
 
-def split_info(infos, indices):
-    """The vector API's dict of arrays as one dict per environment in `indices`."""
-    plain = {key: values.tolist() for key, values in infos.items() if not key.startswith("_")}
-    return [{key: values[i] for key, values in plain.items()} for i in indices]
+def split_info(infos):
+    """The vector API's dict of arrays as a list of N dicts."""
+    plain = {key: values.tolist() for key, values in infos.items() if key[0] != "_"}
+    return [dict(zip(plain, row)) for row in zip(*plain.values())]
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@
 
 An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
 """
+import itertools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -53,33 +53,25 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
     """
     began, n = time.time(), min(num_envs, episodes)
     first = EVAL_SEEDS * (seed + 1)
-    games = env.make_vector_env(name, n)
-    images, infos = games.reset(seed=[first + i for i in range(n)])
-    infos = env.split_info(infos, range(n))
+    games, seeds = env.Games(name, n, first), itertools.count(first + n)
     started, active = n, np.ones(n, bool)
     returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
     finished = []  # (success, return, length) of each episode
     with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
         while active.any():
             playing = np.flatnonzero(active)
-            actions = np.zeros(n, int)
-            for i, (action, was_legal) in zip(playing, agent(images[playing], [infos[i] for i in playing])):
-                actions[i] = infos[i]["legal_actions"].index(action)
+            actions = [info["legal_actions"][0] for info in games.infos]
+            for i, (action, was_legal) in zip(playing, agent(games.images[playing], [games.infos[i] for i in playing])):
+                actions[i] = action
                 illegal += not was_legal
-            images, rewards, terminated, truncated, step_infos = games.step(actions)
-            infos = env.split_info(step_infos, range(n))
-            returns, lengths, over = returns + rewards, lengths + 1, terminated | truncated
-            seeds = [None] * n
-            for i in np.flatnonzero(over & active):
-                finished.append((infos[i]["success"], returns[i], lengths[i]))
+            step = games.step(actions, seeds)
+            returns, lengths = returns + step["rewards"], lengths + 1
+            for i in np.flatnonzero((step["terminated"] | step["truncated"]) & active):
+                finished.append((step["infos"][i]["success"], returns[i], lengths[i]))
                 bar.update()
                 returns[i] = lengths[i] = 0
                 active[i] = started < episodes  # else its place is played on, but not counted
-                seeds[i], started = first + started, started + 1
-            if over.any():
-                images, reset_infos = games.reset(seed=seeds, options={"reset_mask": over})
-                for i, info in zip(np.flatnonzero(over), env.split_info(reset_infos, np.flatnonzero(over))):
-                    infos[i] = info
+                started += 1
     success, returns, lengths = map(np.array, zip(*finished))
     return {"episodes": episodes, "success_rate": float(success.mean()), "ci95": wilson_interval(success.sum(), episodes),
             "mean_return": float(returns.mean()), "illegal_rate": illegal / int(lengths.sum()),

@@ -9,9 +9,13 @@ lambda = 1 drowns the action in the noise of the wording, and lambda = 0 never r
 
 `python ppo.py` walks through the advantages of five steps.
 """
+import math
 from dataclasses import dataclass
 
 import torch
+
+MAX_LOG_RATIO = 10.0  # a mini-batch with a larger log ratio has left the region where PPO means anything
+MAX_SKIPPED = 5       # broken mini-batches in a row before the run stops
 
 
 @dataclass
@@ -57,14 +61,18 @@ def explained_variance(values, returns):
 
 
 def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4,
-               minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None, generator=None):
+               minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None):
     """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
 
     policy.evaluate(list of answers) gives logp_cot, logp_action, value, entropy, each (batch,), with
     gradients. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
-    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. generator:
-    torch.Generator of the shuffling. Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, grad_norm (before clipping); and
-    explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first mini-batch).
+    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. Shuffling
+    takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
+    exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
+
+    Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, grad_norm
+    (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
+    mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
     normalised = ((advantages - advantages.mean()) / (advantages.std() + 1e-8)).flatten()
@@ -72,10 +80,10 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     old_values, returns = rollout.values.flatten(), returns.flatten()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats = {"policy_loss": [], "value_loss": [], "approx_kl": [], "clipfrac": [], "entropy": [], "grad_norm": []}
-    first_ratio_error = None
+    first_ratio_error, skipped, skipped_in_a_row = None, 0, 0
     for _ in range(epochs):
-        for batch in torch.randperm(len(old_logp), generator=generator).split(minibatch):
-            sums = dict.fromkeys(stats, 0.0)
+        for batch in torch.randperm(len(old_logp)).split(minibatch):
+            sums, largest = dict.fromkeys(stats, 0.0), 0.0
             for index in batch.split(microbatch):
                 scores = policy.evaluate([rollout.answers[i] for i in index])
                 device = scores.value.device
@@ -95,12 +103,20 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
                     sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()  # never negative, low variance
                     sums["clipfrac"] += ((ratio - 1).abs() > clip).sum().item()
                     sums["entropy"] += scores.entropy.sum().item()
+                    largest = max(largest, log_ratio.max().item())
                     if first_ratio_error is None:
                         first_ratio_error = (ratio - 1).abs().max().item()
             sums = {key: total / len(batch) for key, total in sums.items()}
             sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-            optimizer.step()
+            broken = not math.isfinite(sums["grad_norm"]) or largest > MAX_LOG_RATIO
+            if not broken:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            skipped, skipped_in_a_row = skipped + broken, (skipped_in_a_row + 1) * broken
+            if skipped_in_a_row > MAX_SKIPPED:
+                raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or an exploding ratio")
+            if broken:
+                continue
             for key, value in sums.items():
                 stats[key].append(value)
             if target_kl and sums["approx_kl"] > 1.5 * target_kl:
@@ -108,8 +124,8 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
         else:
             continue
         break
-    return {key: sum(values) / len(values) for key, values in stats.items()} | {
-        "explained_variance": explained_variance(old_values, returns), "first_ratio_error": first_ratio_error}
+    return {key: sum(values) / max(len(values), 1) for key, values in stats.items()} | {
+        "explained_variance": explained_variance(old_values, returns), "first_ratio_error": first_ratio_error, "skipped": skipped}
 
 
 def main():

@@ -16,12 +16,17 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from tqdm import tqdm
 
 import env
@@ -30,6 +35,7 @@ from eval import evaluate, expert_agent, model_agent, random_agent, table
 from policy import VLMPolicy, load_model
 from ppo import Rollout, ppo_update
 
+DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
     "paper": dict(
@@ -57,59 +63,84 @@ TASK_PRESETS = {
 
 
 def parse_args(argv=None):
+    """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
     parser = env.Parser(description=__doc__.split("\n\n")[0])
     rate = lambda text: _within(text, 0, 1)  # noqa: E731
     size = env.positive_int
 
+    def add(flag, help, **kwargs):
+        name = flag[2:].replace("-", "_")
+        defaults = {kind: preset[name] for kind, preset in PRESETS.items() if name in preset}
+        if name in DEFAULTS:
+            help += f" [{DEFAULTS[name]}]"
+        elif defaults:
+            help += f" [{', '.join(f'{kind} {value}' for kind, value in defaults.items())}]"
+        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)  # absent where it is not given
+
     group = parser.add_argument_group("what to train")
-    group.add_argument("--env", required=True, choices=env.GAMES, help="the task")
-    group.add_argument("--model", default="tiny", help="tiny (built in), a model of the hub, or a folder")
-    group.add_argument("--cot-scale", type=rate, help="lambda in [0, 1]: weight of the thoughts' log-probability")
-    group.add_argument("--preset", choices=PRESETS, help="settings behind the flags left out (default: tiny for tiny, else paper)")
-    group.add_argument("--seed", type=env.natural_int, default=0, help="fixes the run")
-    group.add_argument("--out", type=Path, help="run directory (default: a new one under runs/)")
-    group.add_argument("--eval-episodes", type=size, default=1000, help="episodes of the evaluations at the end")
+    add("--env", "the task", choices=env.GAMES)
+    add("--model", "tiny (built in), a model of the hub, or a folder")
+    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability", type=rate)
+    add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
+    add("--seed", "fixes the run", type=env.natural_int)
+    add("--out", "run directory [a new one under runs/]", type=Path)
+    add("--resume", "go on with the run in this directory, exactly; needs no other flag", type=Path, metavar="DIR")
+    add("--eval-episodes", "episodes of the evaluations at the end", type=size)
 
     group = parser.add_argument_group("rollout")
-    group.add_argument("--env-steps", type=size, help="environment steps in all")
-    group.add_argument("--num-envs", type=size, help="environments played at a time")
-    group.add_argument("--rollout-steps", type=size, help="environment steps an update, over all environments")
-    group.add_argument("--temperature", type=_positive, help="of sampling and of all log-probabilities")
-    group.add_argument("--max-new-tokens", type=size, help="longest answer")
+    add("--env-steps", "environment steps in all", type=size)
+    add("--num-envs", "environments played at a time", type=size)
+    add("--rollout-steps", "environment steps an update, over all environments", type=size)
+    add("--temperature", "of sampling and of all log-probabilities", type=_positive)
+    add("--max-new-tokens", "longest answer", type=size)
 
     group = parser.add_argument_group("PPO")
-    group.add_argument("--epochs", type=size, help="passes over a rollout")
-    group.add_argument("--minibatch", type=size, help="environment steps an optimiser step")
-    group.add_argument("--microbatch", type=size, help="environment steps a forward pass; smaller needs less memory")
-    group.add_argument("--lr", type=_positive, help="learning rate at the start, cosine from there")
-    group.add_argument("--lr-end", type=_positive, help="learning rate at the end")
-    group.add_argument("--adam-eps", type=_positive, help="epsilon of Adam")
-    group.add_argument("--clip", type=_positive, help="range of the probability ratio: 1 - clip to 1 + clip")
-    group.add_argument("--value-clip", type=_positive, help="how far a value may move in an update, in units of return")
-    group.add_argument("--value-coef", type=_positive, help="weight of the value loss")
-    group.add_argument("--max-grad-norm", type=_positive, help="gradient clipping")
-    group.add_argument("--target-kl", type=_positive, help="end an update early past 1.5 times this approx_kl")
-    group.add_argument("--gamma", type=rate, help="discount")
-    group.add_argument("--gae-lambda", type=rate, help="lambda of generalised advantage estimation")
-    group.add_argument("--lora-rank", type=size, help="rank of the adapter")
-    group.add_argument("--lora-alpha", type=size, help="scale of the adapter, over its rank")
+    add("--epochs", "passes over a rollout", type=size)
+    add("--minibatch", "environment steps an optimiser step", type=size)
+    add("--microbatch", "environment steps a forward pass; smaller needs less memory", type=size)
+    add("--lr", "learning rate at the start, cosine from there", type=_positive)
+    add("--lr-end", "learning rate at the end", type=_positive)
+    add("--adam-eps", "epsilon of Adam", type=_positive)
+    add("--clip", "range of the probability ratio: 1 - clip to 1 + clip", type=_positive)
+    add("--value-clip", "how far a value may move in an update, in units of return", type=_positive)
+    add("--value-coef", "weight of the value loss", type=_positive)
+    add("--max-grad-norm", "gradient clipping", type=_positive)
+    add("--target-kl", "end an update early past 1.5 times this approx_kl", type=_positive)
+    add("--gamma", "discount", type=rate)
+    add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
+    add("--lora-rank", "rank of the adapter", type=size)
+    add("--lora-alpha", "scale of the adapter, over its rank", type=size)
 
     group = parser.add_argument_group("SFT")
-    group.add_argument("--sft-steps", type=size, help="optimiser steps")
-    group.add_argument("--sft-batch", type=size, help="demonstrations a step")
-    group.add_argument("--sft-lr", type=_positive, help="learning rate, cosine with 3 %% warm-up")
-    group.add_argument("--demo-noise", type=rate, help="share of the demonstrated actions that are random")
-    args = parser.parse_args(argv)
+    add("--sft-steps", "optimiser steps", type=size)
+    add("--sft-batch", "demonstrations a step", type=size)
+    add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
+    add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
+    given = vars(parser.parse_args(argv))
 
-    preset = args.preset or ("tiny" if args.model == "tiny" else "paper")
-    defaults = PRESETS[preset] | TASK_PRESETS.get((preset, args.env), {})
-    config = defaults | {key: value for key, value in vars(args).items() if value is not None and key != "preset"}
-    config = argparse.Namespace(**config, preset=preset)
-    if config.rollout_steps % config.num_envs:
-        parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of --num-envs {config.num_envs}")
-    if config.env_steps < config.rollout_steps:
-        parser.error(f"--env-steps {config.env_steps} is less than one rollout of --rollout-steps {config.rollout_steps}")
-    return parser, config
+    out, directory = given.pop("out", None), given.pop("resume", None)
+    if directory:
+        try:
+            config = json.loads((directory / "config.json").read_text())
+            given_and_kept = [(key, value, config[key]) for key, value in given.items()]
+        except (OSError, ValueError, KeyError):
+            parser.error(f"{directory} holds no run (no config.json that can be read)")
+        for key, value, kept in given_and_kept + [("out", out, directory)] * bool(out):
+            if value != kept:
+                parser.error(f"--{key.replace('_', '-')} {value} contradicts the run's {kept}: leave it out, or begin a new run")
+        return parser, argparse.Namespace(**config), directory
+    if "env" not in given:
+        parser.error(f"--env is needed, one of {', '.join(env.GAMES)}")
+    preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
+    config = DEFAULTS | PRESETS[preset] | TASK_PRESETS.get((preset, given["env"]), {}) | {"preset": preset} | given
+    if config["rollout_steps"] % config["num_envs"]:
+        parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
+    if config["env_steps"] < config["rollout_steps"]:
+        parser.error(f"--env-steps {config['env_steps']} is less than one rollout of --rollout-steps {config['rollout_steps']}")
+    out = out or Path("runs") / f"{config['env']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (out / "config.json").exists():
+        parser.error(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+    return parser, argparse.Namespace(**config), out
 
 
 def _within(text, low, high):
@@ -136,57 +167,43 @@ def cosine(step, steps, start, end):
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def sft(policy, config, log):
-    """Train all weights on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens."""
+def sft(policy, config, run):
+    """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens. Goes on from `run`'s checkpoint."""
     name, n = config.env, config.sft_batch
     rng = np.random.default_rng(config.seed)
-    games = env.make_vector_env(name, n)
-    images, infos = games.reset(seed=config.seed)
-    infos = env.split_info(infos, range(n))
-    optimizer = torch.optim.AdamW(policy.model.parameters(), config.sft_lr, weight_decay=0.0)
+    games = env.Games(name, n, config.seed)
+    parameters = list(policy.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
-    bar = tqdm(range(config.sft_steps), desc="SFT", unit="step", disable=None)
+    start = 0
+    if state := run.restore("sft", policy, optimizer):
+        start, rng.bit_generator.state = state["step"], state["rng"]
+        games.restore(state["games"])
+    bar = tqdm(range(start, config.sft_steps), "SFT", config.sft_steps, initial=start, unit="step", disable=None)
     for step in bar:
         warmup = min(1.0, (step + 1) / (0.03 * config.sft_steps))
         optimizer.param_groups[0]["lr"] = warmup * cosine(step, config.sft_steps, config.sft_lr, 0)
-        noisy = rng.random(n) < config.demo_noise
+        infos, noisy = games.infos, rng.random(n) < config.demo_noise
         actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(name, info)
                    for noise, info in zip(noisy, infos)]
-        answers = policy.demonstrate(images, [prompts.build_prompt(name, info) for info in infos],
+        answers = policy.demonstrate(games.images, [prompts.build_prompt(name, info) for info in infos],
                                      [prompts.demonstration(name, *pair) for pair in zip(infos, actions)])
         scores = policy.evaluate(answers)
         loss = -(scores.logp_cot + scores.logp_action).sum() / sum(len(answer.tokens) for answer in answers)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+            raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Half of the slips are not played, so that good states are seen as often as spoilt ones.
-        played = [action if slip else env.expert_action(name, info)
-                  for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)]
-        images, infos, _ = play(games, infos, played)
+        games.step([action if slip else env.expert_action(name, info)
+                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)])
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
+            run.log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
+        if (step + 1) % 100 == 0 or step + 1 == config.sft_steps or run.signal:
+            run.checkpoint("sft", step + 1, policy, optimizer, step=step + 1, rng=rng.bit_generator.state, games=games.snapshot())
     policy.temperature = config.temperature
-
-
-def play(games, infos, actions):
-    """Step every environment by a text action and begin a new episode where one ended.
-
-    Returns (images, infos) to act on next and a dict of what the step gave: rewards, terminated, truncated (N,),
-    images and infos before the reset.
-    """
-    n = len(actions)
-    indices = np.array([info["legal_actions"].index(action) for info, action in zip(infos, actions)])
-    images, rewards, terminated, truncated, step_infos = games.step(indices)
-    infos = env.split_info(step_infos, range(n))
-    step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "images": images, "infos": list(infos)}
-    over = terminated | truncated
-    if over.any():
-        images, reset_infos = games.reset(options={"reset_mask": over})
-        for i, info in zip(np.flatnonzero(over), env.split_info(reset_infos, np.flatnonzero(over))):
-            infos[i] = info
-    return images, infos, step
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -199,10 +216,15 @@ class Collector:
     def __init__(self, policy, config):
         self.policy, self.config = policy, config
         self.rng = np.random.default_rng(config.seed)
-        self.games = env.make_vector_env(config.env, config.num_envs)
-        images, infos = self.games.reset(seed=1000 + config.seed * config.num_envs)
-        self.images, self.infos = images, env.split_info(infos, range(config.num_envs))
+        self.games = env.Games(config.env, config.num_envs, seed=1000 + config.seed * config.num_envs)
         self.returns = np.zeros(config.num_envs)
+
+    def snapshot(self):
+        return {"games": self.games.snapshot(), "returns": self.returns.tolist(), "rng": self.rng.bit_generator.state}
+
+    def restore(self, snapshot):
+        self.games.restore(snapshot["games"])
+        self.returns, self.rng.bit_generator.state = np.array(snapshot["returns"]), snapshot["rng"]
 
     def collect(self, bar):
         """One `Rollout` of rollout_steps, and its statistics: success_rate, mean_return, illegal_rate."""
@@ -211,11 +233,11 @@ class Collector:
         answers, rows, illegal, episodes = [], [], 0, []
         next_values = torch.zeros(steps, n)
         for t in range(steps):
-            batch = self.policy.act(self.images, [prompts.build_prompt(name, info) for info in self.infos])
+            batch = self.policy.act(self.games.images, [prompts.build_prompt(name, info) for info in self.games.infos])
             parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
-                      for answer, info in zip(batch, self.infos)]
+                      for answer, info in zip(batch, self.games.infos)]
             illegal += sum(not was_legal for _, was_legal in parsed)
-            self.images, self.infos, step = play(self.games, self.infos, [action for action, _ in parsed])
+            step = self.games.step([action for action, _ in parsed])
             answers += batch
             rows.append(([a.logp_cot for a in batch], [a.logp_action for a in batch], [a.value for a in batch],
                          step["rewards"], step["terminated"], step["truncated"]))
@@ -232,7 +254,7 @@ class Collector:
         tensors = [torch.tensor(np.array(column)) for column in zip(*rows)]
         logp_cot, logp_action, values, rewards = (x.float() for x in tensors[:4])
         terminated, truncated = tensors[4:]
-        following = torch.cat([values[1:], self.values(self.images, self.infos)[None]])
+        following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
         next_values = torch.where(truncated, next_values, following)
         success, returns = zip(*episodes) if episodes else ([math.nan], [math.nan])
         return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated),
@@ -243,15 +265,23 @@ class Collector:
         return self.policy.value(images, [prompts.build_prompt(self.config.env, info) for info in infos]).cpu()
 
 
-def reinforce(policy, config, log):
-    """PPO on the task reward, from the SFT policy on."""
+def reinforce(policy, config, run):
+    """PPO on the task reward, from the SFT policy on or from `run`'s checkpoint."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps)
-    shuffling = torch.Generator().manual_seed(config.seed)
-    collector = Collector(policy, config)
+    collector, first = Collector(policy, config), 0
+    if state := run.restore("rl", policy, optimizer):
+        first = state["update"]
+        collector.restore(state["collector"])
+
+    def checkpoint(update):
+        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer, update=update, collector=collector.snapshot())
+
+    if not first:
+        checkpoint(0)
     updates, began = config.env_steps // config.rollout_steps, time.time()
-    with tqdm(total=updates * config.rollout_steps, desc="PPO", unit="step", disable=None) as bar:
-        for update in range(updates):
+    with tqdm(total=updates * config.rollout_steps, initial=first * config.rollout_steps, desc="PPO", unit="step", disable=None) as bar:
+        for update in range(first, updates):
             optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
             collected = time.time()
@@ -259,18 +289,125 @@ def reinforce(policy, config, log):
                 policy, optimizer, rollout, cot_scale=config.cot_scale, gamma=config.gamma, gae_lambda=config.gae_lambda,
                 clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
                 microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
-                target_kl=config.target_kl, generator=shuffling)
+                target_kl=config.target_kl)
             steps = (update + 1) * config.rollout_steps
-            log(stage="rl", env_steps=steps, **stats, lr=optimizer.param_groups[0]["lr"],
-                logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
-                update_seconds=round(time.time() - collected, 2))
+            run.log(stage="rl", env_steps=steps, **stats, lr=optimizer.param_groups[0]["lr"],
+                    logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
+                    update_seconds=round(time.time() - collected, 2))
             bar.write(f"{steps:6} steps  success {stats['success_rate']:6.1%}  return {stats['mean_return']:+6.2f}  "
                       f"illegal {stats['illegal_rate']:5.1%}  kl {stats['approx_kl']:.4f}  clipped {stats['clipfrac']:5.1%}  "
                       f"explained {stats['explained_variance']:+.2f}  {time.time() - began:4.0f} s", file=sys.stdout)
+            checkpoint(update + 1)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Runs on disk
+
+
+class Run:
+    """A run directory: metrics, checkpoints, one process at a time. Use it as a context manager.
+
+    A checkpoint is one safetensors file: trainable weights, Adam's moments and torch's random state, and in the header, as
+    JSON, all the rest. It is written aside, synced and renamed, and its name ends in the SHA-256 of its content: what bears
+    such a name is whole, or is found not to be. The last two are kept. Nothing is ever pickled.
+    """
+
+    def __init__(self, out, config):
+        """Lock the directory and find its newest whole checkpoint. Raises OSError, or filelock.Timeout where another run has it."""
+        self.out, self.signal, self.began = out, None, time.time()
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
+        self.lock.acquire(timeout=0)
+        self.file, self.state, self.rows = None, {"stage": None, "metrics": 0}, []
+        for file in sorted(out.glob("checkpoint-*.safetensors"), reverse=True):
+            if self._digest(file) == file.stem.split("-")[-1]:
+                with safe_open(file, "pt") as header:
+                    self.file, self.state = file, json.loads(header.metadata()["state"])
+                break
+            print(f"{file} is damaged: kept as {file.name}.broken, trying the one before", file=sys.stderr)
+            file.rename(f"{file}.broken")
+        (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
+        (out / "config.tmp").replace(out / "config.json")
+        self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
+        self.metrics.truncate(self.state["metrics"])  # what came after the checkpoint will come again
+        self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        if self.rows:
+            self.began -= self.rows[-1]["seconds"]
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.metrics.close()
+        self.lock.release()
+        if kind:  # stopped, by a signal or an error
+            print(f"go on with: python train.py --resume {self.out}", file=sys.stderr)
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        print("\nstopping at the next checkpoint (once more: at once)", file=sys.stderr)
+
+    @staticmethod
+    def _digest(file):
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+    def log(self, **row):
+        """Add a line to metrics.jsonl."""
+        row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+        self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
+        self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
+
+    def checkpoint(self, stage, index, policy, optimizer, **state):
+        """Save all that `restore` needs, under a number `index` that grows; stops the run where a signal asked for it."""
+        tensors = {f"policy.{name}": p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+        tensors["random"] = torch.get_rng_state()
+        tensors |= {f"random.cuda.{i}": x for i, x in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+        scratch = self.out / "checkpoint.tmp"
+        try:
+            with scratch.open("wb") as file:
+                file.write(serialize(tensors, {"state": json.dumps(state | {"stage": stage, "metrics": self.metrics.tell()})}))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+        scratch.rename(self.out / f"checkpoint-{index:07}-{self._digest(scratch)}.safetensors")
+        for old in sorted(self.out.glob("checkpoint-*.safetensors"))[:-2]:
+            old.unlink()
+        if self.signal:
+            raise SystemExit(128 + self.signal)
+
+    def finish(self, figure):
+        """Write curve.png, which marks the run as finished, and drop the checkpoints."""
+        figure.savefig(self.out / "curve.tmp", dpi=110, format="png")
+        (self.out / "curve.tmp").rename(self.out / "curve.png")
+        for file in self.out.glob("checkpoint-*.safetensors"):
+            file.unlink()
+
+    def restore(self, stage, policy, optimizer):
+        """Load the checkpoint that was found, if it is of this `stage`; returns the state given to `checkpoint`, else None."""
+        if self.state["stage"] != stage:
+            return None
+        tensors = load_file(self.file)
+        policy.load_state_dict({key[7:]: x for key, x in tensors.items() if key.startswith("policy.")}, strict=False)
+        moments = {}
+        for key, x in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".")
+                moments.setdefault(int(i), {})[name] = x
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([tensors[f"random.cuda.{i}"] for i in range(torch.cuda.device_count())])
+        return self.state
 
 
 def sft_key(config):
@@ -302,75 +439,78 @@ def load_run(directory, which="rl"):
     return policy, config
 
 
-def plot(rows, references, path):
-    """The learning curve of metrics.jsonl's `rows`, with horizontal lines for the other policies' success rates."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot(rows, references):
+    """A matplotlib figure: the learning curve of metrics.jsonl's `rows`, with horizontal lines for the other policies' success rates."""
+    from matplotlib.figure import Figure
 
     rl = [row for row in rows if row["stage"] == "rl"]
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot([row["env_steps"] for row in rl], [100 * row["success_rate"] for row in rl], color="#28518f", label="RL, training episodes")
     for (name, result), color in zip(references.items(), ("#9a9a9a", "#c8802e", "#c8102e", "#1f6f54")):
         axes.axhline(100 * result["success_rate"], ls="--", lw=1.2, color=color, label=f"{name} {result['success_rate']:.1%}")
     axes.set(xlabel="environment steps", ylabel="success rate (%)", ylim=(0, None), xlim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main(argv=None):
-    parser, config = parse_args(argv)
-    out = config.out or Path("runs") / f"{config.env}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config.out = str(out)
-    if (out / "config.json").exists():
-        parser.error(f"{out} already holds a run: choose another --out")
+    parser, config, out = parse_args(argv)
+    if (out / "curve.png").exists():
+        parser.error(f"{out} holds a finished run: begin a new one with another --out")
     cached = out.parent / "sft-cache" / sft_key(config)
+    weights = next((folder for folder in (out / "sft", cached) if folder.exists()), None)
     try:
-        policy = build_policy(config, cached if cached.exists() else None)
+        policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot load --model {config.model}: {str(error).splitlines()[0]}")
+        parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(config), indent=1))
+        with Run(out, config) as run:
+            if run.state["stage"] == "rl" and not weights:
+                raise ValueError(f"{out / 'sft'} is missing")
+            return train(policy, config, run, cached, weights)
+    except Timeout:
+        parser.error(f"another process is training in {out}")
     except OSError as error:
-        parser.error(f"cannot write to {out}: {error.strerror}")
-    began, metrics, rows = time.time(), (out / "metrics.jsonl").open("w"), []
+        parser.error(f"{error.filename or out}: {error.strerror or error}")
+    except (ValueError, SafetensorError) as error:
+        parser.error(str(error).splitlines()[0])
+    except FloatingPointError as error:
+        parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
 
-    def log(**row):
-        row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-        rows.append(row | {"seconds": round(time.time() - began, 2)})
-        metrics.write(json.dumps(rows[-1]) + "\n")
-        metrics.flush()
 
-    if cached.exists():
-        print(f"SFT: weights reused from {cached}")
-    else:
-        sft(policy, config, log)
+def train(policy, config, run, cached, weights):
+    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any."""
+    if not weights:
+        sft(policy, config, run)
         scratch = Path(f"{cached}.{os.getpid()}")
         policy.model.save_pretrained(scratch)
         policy.processor.save_pretrained(scratch)
         scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
-    shutil.copytree(cached, out / "sft")
+    elif weights == cached:
+        print(f"SFT: weights reused from {cached}")
+    if not (run.out / "sft").exists():
+        shutil.copytree(cached, run.out / "sft.tmp", dirs_exist_ok=True)
+        (run.out / "sft.tmp").rename(run.out / "sft")
 
     def assess(name, agent):
-        results[name] = evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}")
-        log(stage="eval", policy=name, **results[name])
+        run.log(stage="eval", policy=name, **evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}"))
 
-    results = {}
-    torch.manual_seed(config.seed)  # from here on a run with cached SFT weights is the same as one without
-    assess("random", random_agent(np.random.default_rng(config.seed)))
-    assess("SFT", model_agent(policy, config.env, np.random.default_rng(config.seed)))
-    print(f"SFT: success {results['SFT']['success_rate']:.1%} after {time.time() - began:.0f} s")
+    if run.state["stage"] != "rl":
+        torch.manual_seed(config.seed)  # from here on a run with cached SFT weights is the same as one without
+        assess("random", random_agent(np.random.default_rng(config.seed)))
+        assess("SFT", model_agent(policy, config.env, np.random.default_rng(config.seed)))
+        print(f"SFT: success {run.rows[-1]['success_rate']:.1%} after {run.rows[-1]['seconds']:.0f} s")
     policy.add_lora(config.lora_rank, config.lora_alpha)
-    reinforce(policy, config, log)
-    policy.save(out)
+    reinforce(policy, config, run)
+    policy.save(run.out)
     assess("RL", model_agent(policy, config.env, np.random.default_rng(config.seed)))
     assess("expert", expert_agent(config.env))
-    plot(rows, results, out / "curve.png")
-    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {time.time() - began:.0f} s\n{table(results)}\n"
-          f"\nrun: {out} (learning curve: {out / 'curve.png'})")
+    results = {row["policy"]: row for row in run.rows if row["stage"] == "eval"}
+    run.finish(plot(run.rows, results))
+    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s\n{table(results)}\n"
+          f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
     return results
 
 

@@ -1,4 +1,5 @@
 """The games: Gymnasium's own checks, seeds, and rules against a second implementation."""
+import json
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
 
@@ -199,10 +200,28 @@ def test_experts_always_succeed_where_they_can(name):
 
 
 def test_the_vector_keeps_truncation_and_termination_apart():
-    games = env.make_vector_env("numberline", 2)
-    _, infos = games.reset(seed=[0, 1])
+    games = env.Games("numberline", 2, seed=0)
+    starts = [dict(info) for info in games.infos]
     for step in range(10):  # walk away from the target, so that only the time limit ends the episode
-        state = env.split_info(infos, range(2))
-        away = [1 - info["legal_actions"].index(env.expert_action("numberline", info)) for info in state]
-        _, _, terminated, truncated, infos = games.step(np.array(away))
-    assert not terminated.any() and truncated.all()
+        result = games.step(["+" if env.expert_action("numberline", info) == "-" else "-" for info in games.infos])
+    assert not result["terminated"].any() and result["truncated"].all()
+    assert [info["target"] for info in result["infos"]] == [info["target"] for info in starts]  # the state before the next episode
+
+
+@pytest.mark.parametrize("name", env.GAMES)
+def test_games_go_on_exactly_from_a_snapshot(name):
+    rng = np.random.default_rng(0)
+
+    def step(games):
+        return games.step([info["legal_actions"][i % len(info["legal_actions"])] for info, i in zip(games.infos, rng.integers(99, size=4))])
+
+    games = env.Games(name, 4, seed=0)
+    for _ in range(3):
+        step(games)
+    kept, chance = json.loads(json.dumps(games.snapshot())), rng.bit_generator.state
+    went_on = [step(games) for _ in range(20)]
+    again = env.Games(name, 4, seed=9)
+    again.restore(kept)
+    rng.bit_generator.state = chance
+    for one, other in zip(went_on, (step(again) for _ in range(20))):
+        assert one["infos"] == other["infos"] and (one["rewards"] == other["rewards"]).all() and (one["images"] == other["images"]).all()

@@ -1,9 +1,12 @@
 """The commands as a user runs them: a run from nothing, the same run again, evaluation, bad input."""
+import errno
 import json
 import shutil
+import signal
 
 import pytest
 import torch
+from filelock import FileLock
 
 import env
 import eval as evaluation
@@ -59,7 +62,7 @@ def test_eval_prints_one_json_object(tmp_path, capsys, monkeypatch):
         result = json.loads(capsys.readouterr().out)
         assert {"env", "policy", "episodes", "success_rate", "ci95", "mean_return", "illegal_rate", "episode_length", "seconds"} <= set(result)
         assert 0 <= result["success_rate"] <= 1 and result["episodes"] == 8 and result["env"] == "numberline"
-    assert set(results["RL"]) <= set(result)
+    assert set(results["RL"]) - {"stage"} <= set(result)
 
 
 def test_evaluation_plays_the_same_episodes_whatever_the_number_of_environments():
@@ -100,3 +103,99 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--env", "blackjack", "--out", str(tmp_path)])
     assert stop.value.code == 2 and (tmp_path / "config.json").read_text() == "{}"
+
+
+def crash(monkeypatch, target, call, error=KeyboardInterrupt):
+    """Let the `call`-th call of train's function `target` raise `error`."""
+    owner = eval(target.rpartition(".")[0], vars(train)) if "." in target else train
+    name, calls, original = target.rpartition(".")[2], [], getattr(owner, target.rpartition(".")[2])
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return original(*args, **kwargs)
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize("target, call", [
+    ("cosine", 2), ("cosine", 4), ("Collector.collect", 1), ("Collector.collect", 2), ("ppo_update", 2), ("os.fsync", 1), ("os.fsync", 4),
+    ("evaluate", 2), ("evaluate", 3), ("expert_agent", 1), ("shutil.copytree", 1)])
+def test_a_run_that_crashed_goes_on_exactly(undisturbed, target, call, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash(patch, target, call)
+        run(tmp_path / "run", "--env", "ezpoints")
+    train.main(["--resume", str(tmp_path / "run")])
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    for file in ("adapter/adapter_model.safetensors", "value_head.safetensors", "sft/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (undisturbed / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(out, "--env", "ezpoints")
+    return out
+
+
+def stopped_run(out):
+    """A run that ended after its first PPO update."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash(patch, "Collector.collect", 2)
+        run(out, "--env", "ezpoints")
+    return sorted(out.glob("checkpoint-*.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(undisturbed, tmp_path, capsys):
+    *_, last = stopped_run(tmp_path / "run")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    train.main(["--resume", str(tmp_path / "run")])
+    assert "damaged" in capsys.readouterr().err and last.with_name(last.name + ".broken").exists()
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_the_last_two_checkpoints_are_kept_until_the_end(undisturbed, tmp_path):
+    assert len(stopped_run(tmp_path / "run")) == 2 and not list(undisturbed.glob("checkpoint-*"))
+
+
+def error_line(capsys, *flags):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("error: ") == 1 and "Traceback" not in error
+    return error
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path, capsys):
+    stopped_run(tmp_path / "run")
+    error = error_line(capsys, "--resume", tmp_path / "run", "--lr", "0.5")
+    assert "--lr 0.5" in error and str(train.PRESETS["tiny"]["lr"]) in error
+    assert "no run" in error_line(capsys, "--resume", tmp_path)
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path, capsys):
+    stopped_run(tmp_path / "run")
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "another process" in error_line(capsys, "--resume", tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, "os.fsync", 3, OSError(errno.ENOSPC, "No space left on device"))
+        assert "No space left" in error_line(capsys, "--out", tmp_path / "run", *QUICK, "--env", "ezpoints")
+    assert not (tmp_path / "run" / "checkpoint.tmp").exists()
+    train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_signal_stops_at_the_next_checkpoint(undisturbed, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        update = train.ppo_update
+        patch.setattr(train, "ppo_update", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM) or update(*args, **kwargs))
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "run", "--env", "ezpoints")
+    assert stop.value.code == 143 and "--resume" in capsys.readouterr().err
+    train.main(["--resume", str(tmp_path / "run")])
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
