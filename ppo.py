@@ -29,6 +29,7 @@ class Rollout:
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
     truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
+    reference: tuple | None = None  # (logp_cot, logp_action) under the SFT policy, for the penalty on drift from it
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
@@ -60,26 +61,32 @@ def explained_variance(values, returns):
     return (1 - (returns - values).var() / variance).item() if variance > 0 else float("nan")
 
 
+def kl_estimate(log_ratio):
+    """Estimate of KL(p, q) from samples of p, log_ratio = log q - log p: unbiased, never negative, of low variance (Schulman 2020, k3)."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
 def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4,
-               minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None):
+               minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None, kl_coef=0.0):
     """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
 
     policy.evaluate(list of answers) gives logp_cot, logp_action, value, entropy, each (batch,), with
     gradients. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
-    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. Shuffling
-    takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
+    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. kl_coef weighs
+    KL(pi, pi_SFT) over thoughts and action, where the rollout holds `reference`. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
     exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, grad_norm
-    (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
+    (before clipping), kl_to_sft (0 without `reference`); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
     mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
     normalised = ((advantages - advantages.mean()) / (advantages.std() + 1e-8)).flatten()
     old_logp = action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale).flatten()
     old_values, returns = rollout.values.flatten(), returns.flatten()
+    reference = [logp.flatten() for logp in rollout.reference or ()]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    stats = {"policy_loss": [], "value_loss": [], "approx_kl": [], "clipfrac": [], "entropy": [], "grad_norm": []}
+    stats = {"policy_loss": [], "value_loss": [], "approx_kl": [], "clipfrac": [], "entropy": [], "grad_norm": [], "kl_to_sft": []}
     first_ratio_error, skipped, skipped_in_a_row = None, 0, 0
     for _ in range(epochs):
         for batch in torch.randperm(len(old_logp)).split(minibatch):
@@ -96,11 +103,16 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
                 # L_value = 1/2 mean max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
                 clipped = old_value + (scores.value - old_value).clamp(-value_clip, value_clip)
                 value_loss = 0.5 * torch.max((scores.value - target) ** 2, (clipped - target) ** 2).sum()
-                ((policy_loss + value_coef * value_loss) / len(batch)).backward()
+                loss = policy_loss + value_coef * value_loss
+                for logp, logp_sft in zip((scores.logp_cot, scores.logp_action), reference):
+                    kl = kl_estimate(logp_sft[index].to(device) - logp).sum()  # KL(pi, pi_SFT), thoughts and action apart
+                    loss = loss + kl_coef * kl
+                    sums["kl_to_sft"] += kl.item()
+                (loss / len(batch)).backward()
                 with torch.no_grad():
                     sums["policy_loss"] += policy_loss.item()
                     sums["value_loss"] += value_loss.item()
-                    sums["approx_kl"] += (ratio - 1 - log_ratio).sum().item()  # never negative, low variance
+                    sums["approx_kl"] += kl_estimate(log_ratio).sum().item()
                     sums["clipfrac"] += ((ratio - 1).abs() > clip).sum().item()
                     sums["entropy"] += scores.entropy.sum().item()
                     largest = max(largest, log_ratio.max().item())

@@ -57,11 +57,11 @@ def points_task(count, target, entries):
 
 
 def blackjack_thoughts(info):
-    # Longer hands are added up card by card, aces as 1: "12, 19, hard 20 against 10".
+    # Longer hands are added up card by card, aces as 1: "12, 19, hard 20 against 10, may bust".
     sums = list(itertools.accumulate(map(env.card_number, info["player"])))
     dealer = env.card_number(info["dealer_card"])
     return ("".join(f"{total}, " for total in sums[1:-1]) + f"{'soft' if info['player_total'] > sums[-1] else 'hard'} "
-            f"{info['player_total']} against {'A' if dealer == 1 else dealer}")
+            f"{info['player_total']} against {'A' if dealer == 1 else dealer}, {'may' if sums[-1] > 11 else 'cannot'} bust")
 
 
 TASKS = {

@@ -40,19 +40,19 @@ DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
 PRESETS = {
     "paper": dict(
         cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
-        lr_end=1e-9, adam_eps=1e-7, target_kl=None, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
+        lr_end=1e-9, adam_eps=1e-7, target_kl=None, kl_coef=0.0, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
         temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
         sft_steps=1000, sft_batch=128, sft_lr=2e-5, demo_noise=0.5),
     "tiny": dict(
-        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=1.5e-4,
-        lr_end=1.5e-5, adam_eps=1e-7, target_kl=0.02, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
+        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=2e-4,
+        lr_end=2e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
 }
 TASK_PRESETS = {
     ("tiny", "numberline"): dict(env_steps=6144),
-    ("tiny", "blackjack"): dict(demo_noise=0.9, sft_steps=800),
-    ("tiny", "points24"): dict(demo_noise=0.6, sft_steps=3000, sft_batch=64),
+    ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
+    ("tiny", "points24"): dict(demo_noise=0.4, sft_steps=3000, sft_batch=64),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
 }
@@ -106,6 +106,7 @@ def parse_args(argv=None):
     add("--value-coef", "weight of the value loss", type=_positive)
     add("--max-grad-norm", "gradient clipping", type=_positive)
     add("--target-kl", "end an update early past 1.5 times this approx_kl", type=_positive)
+    add("--kl-coef", "weight of KL(pi, pi_SFT): keeps the policy near what SFT has taught", type=lambda text: _within(text, 0, 1e9))
     add("--gamma", "discount", type=rate)
     add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
     add("--lora-rank", "rank of the adapter", type=size)
@@ -257,9 +258,18 @@ class Collector:
         following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
         next_values = torch.where(truncated, next_values, following)
         success, returns = zip(*episodes) if episodes else ([math.nan], [math.nan])
-        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated),
+        reference = self.reference(answers, logp_cot.shape) if self.config.kl_coef else None
+        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, reference),
                 {"episodes": len(episodes), "success_rate": float(np.mean(success)),
                  "mean_return": float(np.mean(returns)), "illegal_rate": illegal / (steps * n)})
+
+    @torch.no_grad()
+    def reference(self, answers, shape):
+        """(logp_cot, logp_action) under the SFT policy: the same weights with the adapter switched off, no second model."""
+        n = self.config.microbatch
+        with self.policy.model.disable_adapter():
+            scores = [self.policy.evaluate(answers[i: i + n]) for i in range(0, len(answers), n)]
+        return tuple(torch.cat([getattr(s, name) for s in scores]).reshape(shape).cpu() for name in ("logp_cot", "logp_action"))
 
     def values(self, images, infos):
         return self.policy.value(images, [prompts.build_prompt(self.config.env, info) for info in infos]).cpu()
@@ -289,7 +299,7 @@ def reinforce(policy, config, run):
                 policy, optimizer, rollout, cot_scale=config.cot_scale, gamma=config.gamma, gae_lambda=config.gae_lambda,
                 clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
                 microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
-                target_kl=config.target_kl)
+                target_kl=config.target_kl, kl_coef=config.kl_coef)
             steps = (update + 1) * config.rollout_steps
             run.log(stage="rl", env_steps=steps, **stats, lr=optimizer.param_groups[0]["lr"],
                     logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),

@@ -85,24 +85,6 @@ def points_rule(target, places):
     return rule
 
 
-@pytest.mark.parametrize("name, rule", [("numberline", numberline_rule), ("ezpoints", points_rule(12, 5)), ("points24", points_rule(24, 20))])
-def test_rules_against_a_second_implementation(name, rule):
-    game, rng = env.GAMES[name](), np.random.default_rng(1)
-    game.draw = lambda: np.zeros((300, 300, 3), np.uint8)
-    for episode in range(300):
-        _, before = game.reset(seed=episode)
-        steps, over, total = 0, False, 0
-        while not over:
-            good = rng.random() < 0.7
-            action = env.expert_action(name, before) if good else str(rng.choice(before["legal_actions"]))
-            _, reward, terminated, truncated, after = game.step(before["legal_actions"].index(action))
-            steps, total = steps + 1, total + reward
-            assert (reward, terminated, truncated) == rule(before, action, after, steps)
-            over = terminated or truncated
-            assert after["success"] == (over and total > 0)
-            before = after
-
-
 def total_of(cards):
     total = sum({"A": 11, "J": 10, "Q": 10, "K": 10}.get(card[:-1]) or int(card[:-1]) for card in cards)
     for card in cards:
@@ -111,23 +93,42 @@ def total_of(cards):
     return total
 
 
-def test_blackjack_rules():
-    game, rng = env.BlackjackEnv(), np.random.default_rng(2)
+def blackjack_rule(game, before, action, after):
+    player, dealer = total_of(after["player"]), total_of(game.dealer)
+    assert after["player_total"] == player and after["dealer_card"] == game.dealer[0] == before["dealer_card"]
+    if action == "hit":
+        assert len(after["player"]) == len(before["player"]) + 1 and len(game.dealer) == 2
+        return -int(player > 21), player > 21, False
+    assert after["player"] == before["player"] and 17 <= dealer
+    assert len(game.dealer) == 2 or total_of(game.dealer[:-1]) < 17
+    return (1 if dealer > 21 else np.sign(player - dealer)), True, False
+
+
+RULES = {"numberline": numberline_rule, "ezpoints": points_rule(12, 5), "points24": points_rule(24, 20)}
+
+
+def check_rules(name, steps):
+    """Play `steps` steps, two thirds of them by the expert, and compare rewards and ends with the second implementation."""
+    game, rng, played, episode = env.GAMES[name](), np.random.default_rng(1), 0, 0
     game.draw = lambda: np.zeros((300, 300, 3), np.uint8)
-    for episode in range(2000):
-        _, info = game.reset(seed=episode)
-        assert len(info["player"]) == 2 and info["player_total"] == total_of(info["player"])
-        over = False
+    while played < steps:
+        _, before = game.reset(seed=episode)
+        count, over, total = 0, False, 0
         while not over:
-            action = ("stand", "hit")[rng.integers(2)]
-            _, reward, over, truncated, info = game.step(info["legal_actions"].index(action))
-            player, dealer = total_of(info["player"]), total_of(game.dealer)
-            assert not truncated and info["player_total"] == player and info["dealer_card"] == game.dealer[0]
-            if action == "hit":
-                assert over == (player > 21) and reward == -over
-            else:
-                assert over and 17 <= dealer and total_of(game.dealer[:-1]) < 17 or len(game.dealer) == 2
-                assert reward == (1 if dealer > 21 else np.sign(player - dealer))
+            action = env.expert_action(name, before) if rng.random() < 0.7 else str(rng.choice(before["legal_actions"]))
+            _, reward, terminated, truncated, after = game.step(before["legal_actions"].index(action))
+            count, total, over = count + 1, total + reward, terminated or truncated
+            expected = RULES[name](before, action, after, count) if name in RULES else blackjack_rule(game, before, action, after)
+            assert (reward, terminated, truncated) == expected, (name, episode, before, action)
+            assert after["success"] == (over and total > 0)
+            before = after
+        played, episode = played + count, episode + 1
+    return played, episode
+
+
+@pytest.mark.parametrize("name", env.GAMES)
+def test_rules_against_a_second_implementation(name):
+    check_rules(name, 2000)
 
 
 def deals():
