@@ -78,6 +78,30 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
             "episode_length": float(lengths.mean()), "seconds": round(time.time() - began, 2)}
 
 
+def recognition(policy, name, trials, seed=0, num_envs=64):
+    """Does the model read the picture? Share of `trials` answers in which each key-state field says the truth.
+
+    The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
+    and "all" for the share of answers right in every field.
+    """
+    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1))
+    fields, right = prompts.TASKS[name].fields, []
+    with tqdm(total=trials, desc="recognition", unit="answer", disable=None, leave=False) as bar:
+        while len(right) < trials:
+            answers = policy.act(games.images, [prompts.build_prompt(name, info) for info in games.infos])
+            for answer, info in zip(answers, games.infos):
+                try:
+                    said = dict(json.loads(answer.text))
+                except (ValueError, TypeError):
+                    said = {}  # no JSON object, so nothing was read
+                right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
+            bar.update(len(answers))
+            games.step([env.expert_action(name, info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
+                        for info in games.infos])
+    right = np.array(right[:trials])
+    return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
+
+
 def table(rows):
     """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
     lines = [f"{'policy':<10} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
@@ -96,12 +120,14 @@ def main():
     parser.add_argument("--episodes", type=env.positive_int, default=1000, help="episodes to play")
     parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
     parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
+    parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
+    parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     if args.policy in ("random", "expert"):
-        if not args.env:
-            parser.error(f"--policy {args.policy} needs --env")
+        if not args.env or args.recognition:
+            parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
         agent = random_agent(rng) if args.policy == "random" else expert_agent(args.env)
     else:
         if not args.run:
@@ -117,6 +143,11 @@ def main():
         args.env = args.env or config["env"]
         torch.manual_seed(args.seed)
         agent = model_agent(policy, args.env, rng)
+        if args.recognition:
+            shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs)
+            result = {"env": args.env, "policy": args.policy, "trials": args.trials, "recognition": shares}
+            lines = [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
+            return print(json.dumps(result) if args.json else "\n".join([f"{args.env}, {args.policy}, {args.trials} answers", *lines]))
     result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, args.episodes, args.seed, args.num_envs)
     print(json.dumps(result) if args.json else f"{args.env}, seed {args.seed}\n{table({args.policy: result})}")
 

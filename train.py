@@ -44,8 +44,8 @@ PRESETS = {
         temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
         sft_steps=1000, sft_batch=128, sft_lr=2e-5, demo_noise=0.5),
     "tiny": dict(
-        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=2e-4,
-        lr_end=2e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
+        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
+        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
 }

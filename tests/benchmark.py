@@ -1,0 +1,249 @@
+"""How fast: ours, the paper's schedule, and what the hardware allows, measured in one run.
+
+    python tests/benchmark.py                                  # the embedded model on this machine
+    python tests/benchmark.py --model DIR --env points24 --json benchmark.json
+
+*The paper's schedule* is one environment and one sample at a time in rollout and update, answers padded to twice
+the longest, and a second full forward pass to score what was sampled. It runs through the same code here, so that the
+difference is the schedule alone. *The limit* is the model's arithmetic, counted by hand, over the rate of matrix products
+of this model's shapes, measured in the same run. Phases alternate between the schedules, several rounds, and the
+median counts, so that a noisy machine hits all of them.
+"""
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import env  # noqa: E402
+import prompts  # noqa: E402
+import train  # noqa: E402
+from policy import VLMPolicy, load_model  # noqa: E402
+from ppo import Rollout, ppo_update  # noqa: E402
+
+
+def seconds(function, *args):
+    """(time of one call, its result)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def pad_answers(answers, length):
+    """The paper's padding: every answer gets `length` tokens. (The sums of log-probabilities change; this is for timing.)"""
+    for answer in answers:
+        answer.tokens = torch.cat([answer.tokens, answer.tokens.new_full((length - len(answer.tokens),), answer.tokens[-1].item())])
+    return answers
+
+
+class Bench:
+    def __init__(self, config):
+        self.config = config
+        torch.manual_seed(0)
+        self.policy = VLMPolicy(*load_model(config.model), temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        run = argparse_namespace(log=lambda **row: None, restore=lambda *args: None, checkpoint=lambda *args, **state: None, signal=None)
+        self.games = {n: env.Games(config.env, n, seed=0) for n in (1, 16, 64)}
+        # An untrained model writes to the last token: teach the format first, so that answers have their real length.
+        train.sft(self.policy, argparse_namespace(**vars(config) | {"sft_steps": 60, "sft_batch": 32}), run)
+        self.sft_policy_parameters = list(self.policy.model.parameters())
+        self.rollout_answers = None
+
+    # -- phases: each returns units done; the caller times it --------------------------------------------
+
+    def env_steps(self, n=64, steps=20):
+        """Games played by the expert: rules, pictures, no model."""
+        games = self.games[n]
+        for _ in range(steps):
+            games.step([env.expert_action(self.config.env, info) for info in games.infos])
+        return n * steps
+
+    def rollout(self, n, steps, paper=False):
+        games, rng = self.games[n], np.random.default_rng(0)
+        for _ in range(steps):
+            answers = self.policy.act(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+            if paper:  # scored again, padded, in a pass of its own
+                with torch.no_grad():
+                    self.policy.evaluate(pad_answers(answers, 2 * self.config.max_new_tokens))
+            games.step([prompts.parse_action(answer.text, info["legal_actions"], rng)[0] for answer, info in zip(answers, games.infos)])
+        return n * steps
+
+    def sample(self, n):
+        games = self.games[64]
+        answers = []
+        while len(answers) < n:
+            answers += self.policy.act(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+        return answers[:n]
+
+    def update(self, answers, microbatch):
+        shape = (1, len(answers))
+        logps = torch.tensor([[[a.logp_cot, a.logp_action, a.value] for a in answers]])
+        false = torch.zeros(shape, dtype=torch.bool)
+        rollout = Rollout(answers, *logps.float().unbind(-1), torch.zeros(shape), torch.randn(shape), ~false, false)
+        ppo_update(self.policy, self.optimizer, rollout, cot_scale=self.config.cot_scale, epochs=1, minibatch=len(answers), microbatch=microbatch)
+        return len(answers)
+
+    def sft(self, batch):
+        games = self.games[64]
+        for start in range(0, 64, batch):
+            rows = slice(start, start + batch)
+            infos = games.infos[rows]
+            answers = self.policy.demonstrate(games.images[rows], [prompts.build_prompt(self.config.env, info) for info in infos],
+                                              [prompts.demonstration(self.config.env, info, env.expert_action(self.config.env, info)) for info in infos])
+            scores = self.policy.evaluate(answers)
+            (scores.logp_cot + scores.logp_action).mean().neg().backward()
+            self.policy.zero_grad(set_to_none=True)
+        return 64
+
+    def pictures(self):
+        """Drawing, shrinking and normalising 64 pictures: the share of the rollout that is not the language model."""
+        games = self.games[64]
+        for game in games.vector.envs:
+            game.unwrapped.render()
+        self.policy.encode(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+        return 64
+
+
+def argparse_namespace(**values):
+    import argparse
+    return argparse.Namespace(**values)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The limit
+
+
+def flops_per_sample(policy, answers):
+    """(forward FLOPs of the vision tower and projector, of the language model, a sample), counted from the linear layers.
+
+    A linear layer of m x n weights takes 2 m n a token; attention 4 T D a token and layer (scores and mixing, T the length);
+    the language head only reads the answer's tokens.
+    """
+    inputs = answers[0].inputs
+    prompt = inputs["input_ids"].shape[1]
+    length = statistics.mean(len(a.tokens) for a in answers)
+    tokens = {"vision": patches(policy), "projector": patches(policy), "language": prompt + length, "head": length + 1}
+    counted = {"vision": 0.0, "language": 0.0}
+    for name, module in policy.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name:
+            part = "vision" if "vision" in name else "projector" if "projector" in name or "connector" in name else "head" if "lm_head" in name else "language"
+            counted["vision" if part in ("vision", "projector") else "language"] += 2 * module.weight.numel() * tokens[part]
+    text = policy.model.config.get_text_config()
+    counted["language"] += text.num_hidden_layers * 4 * tokens["language"] ** 2 / 2 * text.hidden_size
+    vision = policy.model.config.vision_config
+    counted["vision"] += vision.num_hidden_layers * 4 * tokens["vision"] ** 2 * vision.hidden_size
+    return counted["vision"], counted["language"]
+
+
+def patches(policy):
+    vision = policy.model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def matrix_rate(policy, rows):
+    """Measured FLOP/s of (rows x D) by (D x F) products, D and F the language model's sizes, in its number format."""
+    text = policy.model.config.get_text_config()
+    a = torch.randn(rows, text.hidden_size, dtype=policy.model.dtype, device=policy.model.device)
+    b = torch.randn(text.hidden_size, text.intermediate_size, dtype=a.dtype, device=a.device)
+    times = []
+    for _ in range(30):
+        times.append(seconds(torch.matmul, a, b)[0])
+    return 2 * a.numel() * b.shape[1] / statistics.median(times)
+
+
+def copy_rate(policy):
+    """Measured bytes a second that a pass over the weights can read."""
+    x = torch.randn(sum(p.numel() for p in policy.model.parameters()), device=policy.model.device)
+    return 4 * x.numel() / statistics.median(seconds(torch.sum, x)[0] for _ in range(30))
+
+
+# ---------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = env.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--env", choices=env.GAMES, default="blackjack", help="the task")
+    parser.add_argument("--model", default="tiny", help="tiny, or a folder with a model")
+    parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
+    parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    preset = "tiny" if args.model == "tiny" else "paper"
+    config = argparse_namespace(**train.DEFAULTS | train.PRESETS[preset] | train.TASK_PRESETS.get((preset, args.env), {})
+                                | {"env": args.env, "model": args.model})
+    bench = Bench(config)
+    policy, longest = bench.policy, 2 * config.max_new_tokens
+    sft = {"ours": lambda: bench.sft(32), "paper": lambda: bench.sft(1)}
+    times = {}
+
+    def measure(name, which, function):
+        taken, units = seconds(function)
+        times.setdefault((name, which), []).append(taken / units)
+
+    for _ in range(args.rounds):  # SFT trains all weights of the tiny model; the adapter comes after
+        for which, function in sft.items():
+            measure("SFT samples", which, function)
+    answers = bench.sample(128)
+    vision, language = flops_per_sample(policy, answers)
+    policy.add_lora(config.lora_rank, config.lora_alpha)
+    bench.optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0)
+    padded = pad_answers(bench.sample(16), longest)
+    for _ in range(args.rounds):
+        measure("env steps, no model", "ours", bench.env_steps)
+        measure("pictures", "ours", bench.pictures)
+        measure("rollout steps,  1 env", "ours", lambda: bench.rollout(1, 8))
+        measure("rollout steps", "paper", lambda: bench.rollout(1, 8, paper=True))
+        measure("rollout steps, 16 envs", "ours", lambda: bench.rollout(16, 4))
+        measure("rollout steps, 64 envs", "ours", lambda: bench.rollout(64, 2))
+        measure("PPO samples", "ours", lambda: bench.update(answers[:64], config.microbatch))
+        measure("PPO samples", "paper", lambda: bench.update(padded, 1))
+    median = {key: statistics.median(values) for key, values in times.items()}
+    rows = 64 * (answers[0].inputs["input_ids"].shape[1] + 30)
+    rate, decode_rate = matrix_rate(policy, rows), matrix_rate(policy, 64)
+    # The update needs no weight gradients where there is an adapter: forward, and backward to the inputs. SFT of all weights: three times.
+    limits = {"PPO samples": 2 * (vision + language) / rate, "SFT samples": 3 * (vision + language) / rate,
+              "rollout steps, 64 envs": (vision + language) / decode_rate}
+    length = statistics.mean(len(a.tokens) for a in answers)
+    print(f"{args.model}, {args.env}, {args.threads} threads, answers of {length:.0f} tokens, {rate / 1e9:.0f} GFLOP/s for these shapes "
+          f"({decode_rate / 1e9:.0f} while decoding), {args.rounds} rounds\n")
+    print(f"{'phase':<24} {'ours':>9} {'paper':>9} {'ratio':>6} {'limit':>9} {'of it':>6}     (units a second)")
+    results = {}
+    for (name, which), taken in median.items():
+        if which == "paper" and name != "rollout steps":
+            continue
+        paper = median.get((name, "paper"), median[("rollout steps", "paper")] if name.startswith("rollout") else None)
+        ours = taken if which == "ours" else None
+        row = {"ours": ours and 1 / ours, "paper": paper and 1 / paper, "ratio": ours and paper and paper / ours,
+               "limit": 1 / limits[name] if name in limits else None, "of_limit": limits[name] / ours if name in limits else None}
+        if which == "ours":
+            results[name] = row
+            cells = [f"{row[key]:9.1f}" if row[key] else " " * 9 for key in ("ours", "paper")]
+            print(f"{name:<24} {cells[0]} {cells[1]} " + (f"{row['ratio']:5.1f}x" if row["ratio"] else " " * 6)
+                  + (f" {row['limit']:9.0f} {row['of_limit']:6.0%}" if row["limit"] else ""))
+    share = median[("pictures", "ours")] / median[("rollout steps, 64 envs", "ours")]
+    jobs = {}
+    for which, sft_time, step_time, update_time in (
+            ("ours", median[("SFT samples", "ours")], median[("rollout steps, 64 envs", "ours")], median[("PPO samples", "ours")]),
+            ("paper", median[("SFT samples", "paper")], median[("rollout steps", "paper")], median[("PPO samples", "paper")])):
+        jobs[which] = {"SFT": sft_time * config.sft_steps * config.sft_batch, "rollout": step_time * config.env_steps,
+                       "update": update_time * config.env_steps * config.epochs}
+    totals = {which: sum(job.values()) for which, job in jobs.items()}
+    print(f"\npictures (drawing, shrinking, normalising) are {share:.0%} of a rollout at 64 environments")
+    for which, job in jobs.items():
+        print(f"whole job from these rates, {which:<5}: {totals[which]:7.0f} s = " + " + ".join(f"{phase} {t:.0f} s" for phase, t in job.items()))
+    print(f"ratio {totals['paper'] / totals['ours']:.1f}x; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+    if args.json:
+        args.json.write_text(json.dumps({"phases": results, "job_seconds": jobs, "pictures_share": share, "matrix_flops": rate}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
