@@ -520,15 +520,16 @@ class Games:
         images, infos = self.vector.reset(seed=seed)
         self.images, self.infos = images, split_info(infos)
 
-    def step(self, actions, seeds=itertools.repeat(None)):
-        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an iterator).
+    def step(self, actions, seeds=itertools.repeat(None), restart=False):
+        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an iterator),
+        or where `restart` (N,) says so.
 
         Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), images, infos.
         """
         indices = np.array([info["legal_actions"].index(action) for info, action in zip(self.infos, actions)])
         images, rewards, terminated, truncated, infos = self.vector.step(indices)
         step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "images": images, "infos": split_info(infos)}
-        self.images, self.infos, over = images, list(step["infos"]), terminated | truncated
+        self.images, self.infos, over = images, list(step["infos"]), terminated | truncated | restart
         if over.any():
             self.images, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over],
                                                    options={"reset_mask": over})

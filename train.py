@@ -42,17 +42,17 @@ PRESETS = {
         cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
         lr_end=1e-9, adam_eps=1e-7, target_kl=None, kl_coef=0.0, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
         temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
-        sft_steps=1000, sft_batch=128, sft_lr=2e-5, demo_noise=0.5),
+        sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_restart=0.0, demo_noise=0.5),
     "tiny": dict(
         cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
-        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
+        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.02, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
-        sft_steps=400, sft_batch=32, sft_lr=1e-3, demo_noise=0.75),
+        sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_restart=0.0, demo_noise=0.75),
 }
 TASK_PRESETS = {
     ("tiny", "numberline"): dict(env_steps=6144),
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
-    ("tiny", "points24"): dict(demo_noise=0.4, sft_steps=3000, sft_batch=64),
+    ("tiny", "points24"): dict(demo_noise=0.4, sft_steps=3000, sft_batch=64, sft_restart=0.5, temperature=0.2, lr=1e-4, lr_end=1e-5, rollout_steps=1024),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
 }
@@ -116,6 +116,7 @@ def parse_args(argv=None):
     add("--sft-steps", "optimiser steps", type=size)
     add("--sft-batch", "demonstrations a step", type=size)
     add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
+    add("--sft-restart", "share of the episodes that each SFT step cuts short: more first states, where planning is hardest", type=rate)
     add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
     given = vars(parser.parse_args(argv))
 
@@ -198,7 +199,7 @@ def sft(policy, config, run):
         optimizer.zero_grad(set_to_none=True)
         # Half of the slips are not played, so that good states are seen as often as spoilt ones.
         games.step([action if slip else env.expert_action(name, info)
-                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)])
+                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < config.sft_restart)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             run.log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
@@ -423,7 +424,7 @@ class Run:
 def sft_key(config):
     """Name of the SFT weights in the cache: a digest of every setting and every line of code they depend on."""
     settings = {key: value for key, value in vars(config).items()
-                if key in ("env", "model", "seed", "sft_steps", "sft_batch", "sft_lr", "demo_noise", "temperature")}
+                if key in ("env", "model", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
