@@ -8,10 +8,12 @@ An agent is a function (pictures, infos) -> list of (action, was_legal), one for
 import itertools
 import json
 import math
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import env
@@ -102,6 +104,51 @@ def recognition(policy, name, trials, seed=0, num_envs=64):
     return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
 
 
+def animate(policy, name, episodes, seed, file):
+    """Write episodes as an animated GIF: the picture, what the model says it sees, thinks and does, and what came of it.
+
+    A key-state field or thought that is not what an expert would have said of this state is marked red.
+    """
+    games, rng, frames, total = env.Games(name, 1, EVAL_SEEDS * (seed + 1)), np.random.default_rng(seed), [], 0.0
+    while episodes:
+        info, image = games.infos[0], games.images[0]
+        answer, = policy.act(games.images, [prompts.build_prompt(name, info)])
+        action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
+        truth = json.loads(prompts.demonstration(name, info, action))
+        try:
+            said = dict(json.loads(answer.text))
+        except (ValueError, TypeError):
+            said = {"answer": answer.text}
+        said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key)) for key, value in said.items()}
+        step = games.step([action])
+        total += step["rewards"][0]
+        over = bool(step["terminated"][0] or step["truncated"][0])
+        end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}" if over else ""
+        frames.append((_frame(image, said, f"value {answer.value:+.2f}", "" if was_legal else f"no legal action: plays {action}"), 1600))
+        if over:
+            frames.append((_frame(step["images"][0], {}, f"reward {step['rewards'][0]:+.0f}", end), 2400))
+            episodes, total = episodes - 1, 0.0
+    pictures, durations = zip(*frames)
+    pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+
+
+def _frame(image, said, *notes):
+    """One picture of the animation: the game at the left, at the right the answer, field by field, and the notes."""
+    frame = Image.new("RGB", (2 * env.SIZE + 60, env.SIZE), "#f4f1ea")
+    frame.paste(Image.fromarray(image))
+    draw, x, y = ImageDraw.Draw(frame), env.SIZE + 16, 14
+    for key, (value, is_true) in said.items():
+        draw.text((x, y), key, "#8a8578", env.font(13))
+        y += 16
+        for line in textwrap.wrap(value, 36) or [""]:
+            draw.text((x, y), line, "#101820" if is_true else "#c8102e", env.font(17))
+            y += 20
+        y += 6
+    for i, note in enumerate(filter(None, notes)):
+        draw.text((x, env.SIZE - 28 - 22 * i), note, "#28518f", env.font(16))
+    return frame.quantize(64)
+
+
 def table(rows):
     """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
     lines = [f"{'policy':<10} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
@@ -122,6 +169,7 @@ def main():
     parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
     parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
     parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="instead, write 4 episodes as an animation: picture, thoughts, action")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
@@ -143,6 +191,11 @@ def main():
         args.env = args.env or config["env"]
         torch.manual_seed(args.seed)
         agent = model_agent(policy, args.env, rng)
+        if args.gif:
+            try:
+                return animate(policy, args.env, 4, args.seed, args.gif)
+            except OSError as error:
+                parser.error(f"cannot write {args.gif}: {error.strerror}")
         if args.recognition:
             shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs)
             result = {"env": args.env, "policy": args.policy, "trials": args.trials, "recognition": shares}

@@ -3,10 +3,12 @@ import errno
 import json
 import shutil
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 import env
 import eval as evaluation
@@ -68,6 +70,40 @@ def test_eval_prints_one_json_object(tmp_path, capsys, monkeypatch):
 def test_evaluation_plays_the_same_episodes_whatever_the_number_of_environments():
     one, other = (evaluation.evaluate(evaluation.expert_agent("points24"), "points24", 40, seed=1, num_envs=n) for n in (3, 40))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def call_eval(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, flags)])
+    evaluation.main()
+
+
+def test_recognition_of_a_run_and_its_animation(undisturbed, tmp_path, capsys, monkeypatch):
+    call_eval(monkeypatch, "--run", undisturbed, "--recognition", "--trials", 10, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["recognition"]) == {"cards", "formula", "all"} and all(0 <= share <= 1 for share in result["recognition"].values())
+    call_eval(monkeypatch, "--run", undisturbed, "--gif", tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames >= 8  # four episodes: at least a step and an end each
+
+
+def test_recognition_counts_the_fields_that_are_true():
+    class Blind:
+        """Sees every target right and every current number as 0."""
+        def act(self, images, prompts):
+            return [Namespace(text=f'{{"target": {info["target"]}, "current": 0, "thoughts": "", "action": "+"}}') for info in games.infos]
+
+    games = None
+
+    class Games(env.Games):
+        def __init__(self, *args):
+            nonlocal games
+            super().__init__(*args)
+            games = self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env, "Games", Games)
+        shares = evaluation.recognition(Blind(), "numberline", 200, num_envs=20)
+    assert shares["target"] == 1 and 0 < shares["current"] < 0.4 and shares["all"] == shares["current"]
 
 
 def test_wilson_interval():
