@@ -29,7 +29,7 @@ class Rollout:
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
     truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
-    reference: tuple | None = None  # (logp_cot, logp_action) under the SFT policy, for the penalty on drift from it
+    sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy, for the penalty on drift from it
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
@@ -73,18 +73,19 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     policy.evaluate(list of answers) gives logp_cot, logp_action, value, entropy, each (batch,), with
     gradients. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
     into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. kl_coef weighs
-    KL(pi, pi_SFT) over thoughts and action, where the rollout holds `reference`. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
+    KL(p, p_SFT) of the thoughts, where the rollout holds `sft_logp_cot`: SFT has taught how to read and reason, and
+    the action is free. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
     exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, grad_norm
-    (before clipping), kl_to_sft (0 without `reference`); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
+    (before clipping), kl_to_sft (of the thoughts; 0 without `sft_logp_cot`); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
     mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
     normalised = ((advantages - advantages.mean()) / (advantages.std() + 1e-8)).flatten()
     old_logp = action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale).flatten()
     old_values, returns = rollout.values.flatten(), returns.flatten()
-    reference = [logp.flatten() for logp in rollout.reference or ()]
+    sft_logp_cot = None if rollout.sft_logp_cot is None else rollout.sft_logp_cot.flatten()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats = {"policy_loss": [], "value_loss": [], "approx_kl": [], "clipfrac": [], "entropy": [], "grad_norm": [], "kl_to_sft": []}
     first_ratio_error, skipped, skipped_in_a_row = None, 0, 0
@@ -104,8 +105,8 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
                 clipped = old_value + (scores.value - old_value).clamp(-value_clip, value_clip)
                 value_loss = 0.5 * torch.max((scores.value - target) ** 2, (clipped - target) ** 2).sum()
                 loss = policy_loss + value_coef * value_loss
-                for logp, logp_sft in zip((scores.logp_cot, scores.logp_action), reference):
-                    kl = kl_estimate(logp_sft[index].to(device) - logp).sum()  # KL(pi, pi_SFT), thoughts and action apart
+                if sft_logp_cot is not None:
+                    kl = kl_estimate(sft_logp_cot[index].to(device) - scores.logp_cot).sum()
                     loss = loss + kl_coef * kl
                     sums["kl_to_sft"] += kl.item()
                 (loss / len(batch)).backward()

@@ -45,7 +45,7 @@ PRESETS = {
         sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_restart=0.0, demo_noise=0.5),
     "tiny": dict(
         cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
-        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.02, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
+        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_restart=0.0, demo_noise=0.75),
 }
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--value-coef", "weight of the value loss", type=_positive)
     add("--max-grad-norm", "gradient clipping", type=_positive)
     add("--target-kl", "end an update early past 1.5 times this approx_kl", type=_positive)
-    add("--kl-coef", "weight of KL(pi, pi_SFT): keeps the policy near what SFT has taught", type=lambda text: _within(text, 0, 1e9))
+    add("--kl-coef", "weight of KL(p, p_SFT) of the thoughts: keeps reading and reasoning near what SFT has taught", type=lambda text: _within(text, 0, 1e9))
     add("--gamma", "discount", type=rate)
     add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
     add("--lora-rank", "rank of the adapter", type=size)
@@ -259,18 +259,17 @@ class Collector:
         following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
         next_values = torch.where(truncated, next_values, following)
         success, returns = zip(*episodes) if episodes else ([math.nan], [math.nan])
-        reference = self.reference(answers, logp_cot.shape) if self.config.kl_coef else None
-        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, reference),
+        sft_logp_cot = self.sft_logp_cot(answers).reshape(logp_cot.shape) if self.config.kl_coef else None
+        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, sft_logp_cot),
                 {"episodes": len(episodes), "success_rate": float(np.mean(success)),
                  "mean_return": float(np.mean(returns)), "illegal_rate": illegal / (steps * n)})
 
     @torch.no_grad()
-    def reference(self, answers, shape):
-        """(logp_cot, logp_action) under the SFT policy: the same weights with the adapter switched off, no second model."""
+    def sft_logp_cot(self, answers):
+        """log p(v_tht | o, v_in) under the SFT policy: the same weights with the adapter switched off, no second model."""
         n = self.config.microbatch
         with self.policy.model.disable_adapter():
-            scores = [self.policy.evaluate(answers[i: i + n]) for i in range(0, len(answers), n)]
-        return tuple(torch.cat([getattr(s, name) for s in scores]).reshape(shape).cpu() for name in ("logp_cot", "logp_action"))
+            return torch.cat([self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in range(0, len(answers), n)])
 
     def values(self, images, infos):
         return self.policy.value(images, [prompts.build_prompt(self.config.env, info) for info in infos]).cpu()

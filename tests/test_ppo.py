@@ -1,5 +1,6 @@
 """Advantages by hand, and the update on a policy of two numbers."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,3 +129,18 @@ def test_broken_mini_batches_are_skipped_and_too_many_stop_the_update():
     r.logp_action[:] = -50.0  # every ratio explodes
     with pytest.raises(FloatingPointError):
         ppo_update(policy, optimizer, r, cot_scale=0.3, epochs=3, minibatch=4)
+
+
+def test_the_penalty_draws_the_thoughts_back_to_the_sft_policy():
+    class Thinker(Bandit):
+        def evaluate(self, answers):
+            scores = super().evaluate(answers)
+            return replace(scores, logp_cot=scores.logp_action, logp_action=scores.logp_cot)  # the two answers differ in their thoughts
+
+    policy = Thinker()
+    r = bandit_rollout(policy)
+    r.logp_cot, r.rewards = torch.full((32, 1), math.log(0.5)), torch.zeros(32, 1)  # no advantage pulls elsewhere
+    r.logp_action = torch.zeros(32, 1)
+    r.sft_logp_cot = torch.tensor([0.2, 0.8] * 16).log()[:, None]
+    stats = ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=50, minibatch=32, kl_coef=1.0)
+    assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["kl_to_sft"] > 0

@@ -235,3 +235,19 @@ def test_a_signal_stops_at_the_next_checkpoint(undisturbed, tmp_path, capsys):
     assert stop.value.code == 143 and "--resume" in capsys.readouterr().err
     train.main(["--resume", str(tmp_path / "run")])
     assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+@pytest.mark.parametrize("stops_at_once", [True, False])
+def test_a_model_that_never_acts_does_not_break_training(stops_at_once, tmp_path, monkeypatch):
+    def mute(config, weights=None, build=train.build_policy):
+        policy = build(config, weights)
+        word = list(policy.eos) if stops_at_once else [policy.tokenizer.convert_tokens_to_ids("hand")]
+        policy.forbidden[:] = -torch.inf  # every other token
+        policy.forbidden[word] = 0
+        return policy
+    monkeypatch.setattr(train, "build_policy", mute)
+    monkeypatch.setattr(train, "sft", lambda policy, config, run: None)  # its answers would be impossible
+    results = run(tmp_path / "run", "--env", "blackjack")
+    rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert results["RL"]["illegal_rate"] == 1 and all(row["illegal_rate"] == 1 and row["skipped"] == 0 for row in rl)
+    assert all(torch.isfinite(torch.tensor(row[key])) for row in rl for key in ("policy_loss", "value_loss", "grad_norm"))
