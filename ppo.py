@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 MAX_LOG_RATIO = 10.0  # a mini-batch with a larger log ratio has left the region where PPO means anything
 MAX_SKIPPED = 5       # broken mini-batches in a row before the run stops
@@ -66,79 +67,110 @@ def kl_estimate(log_ratio):
     return log_ratio.exp() - 1 - log_ratio
 
 
+def loss_terms(scores, old, cot_scale, clip, value_clip):
+    """What a batch of steps adds to the loss and to the report, a dict of tensors (batch,).
+
+    scores: of the policy being trained; old: dict of what the rollout knew (logp, value, advantage, return, sft_logp_cot).
+    """
+    log_ratio = action_log_prob(scores.logp_cot, scores.logp_action, cot_scale) - old["logp"]
+    ratio = log_ratio.exp()  # rho = pi_new(a | s) / pi_old(a | s), one per environment step
+    near = old["value"] + (scores.value - old["value"]).clamp(-value_clip, value_clip)
+    return {
+        # L_policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
+        "policy_loss": torch.max(-old["advantage"] * ratio, -old["advantage"] * ratio.clamp(1 - clip, 1 + clip)),
+        # L_value = 1/2 max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
+        "value_loss": 0.5 * torch.max((scores.value - old["return"]) ** 2, (near - old["return"]) ** 2),
+        # KL(p, p_SFT) of the thoughts: SFT has taught how to read and reason, and the action is free
+        # (the square has the gradient of KL itself, and no exponential that an unlikely thought could blow up)
+        "kl_to_sft": 0.5 * (old["sft_logp_cot"] - scores.logp_cot) ** 2 if "sft_logp_cot" in old else torch.zeros_like(ratio),
+        "approx_kl": kl_estimate(log_ratio),
+        "clipfrac": ((ratio - 1).abs() > clip).float(),
+        "entropy": scores.entropy,
+        "exploded": (log_ratio > MAX_LOG_RATIO).float(),
+        "ratio_error": (ratio - 1).abs(),
+    }
+
+
 def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4,
                minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None, kl_coef=0.0):
     """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
 
-    policy.evaluate(list of answers) gives logp_cot, logp_action, value, entropy, each (batch,), with
+    policy.evaluate(list of answers) gives `Scores`: logp_cot, logp_action, value, entropy, each (batch,), with
     gradients. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
-    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it. kl_coef weighs
-    KL(p, p_SFT) of the thoughts, where the rollout holds `sft_logp_cot`: SFT has taught how to read and reason, and
-    the action is free. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite, or with a ratio past
-    exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
+    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it; kl_coef weighs
+    the drift of the thoughts. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite,
+    or with a ratio past exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
 
-    Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, grad_norm
-    (before clipping), kl_to_sft (of the thoughts; 0 without `sft_logp_cot`); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
+    Under torch.distributed every process brings a rollout of the same size, and a mini-batch is the union of their
+    shares: the advantages are normalised and the gradients summed over all of them.
+
+    Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, kl_to_sft,
+    grad_norm (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
     mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
-    normalised = ((advantages - advantages.mean()) / (advantages.std() + 1e-8)).flatten()
-    old_logp = action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale).flatten()
-    old_values, returns = rollout.values.flatten(), returns.flatten()
-    sft_logp_cot = None if rollout.sft_logp_cot is None else rollout.sft_logp_cot.flatten()
+    everyone = gather(advantages)
+    old = {"advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns, "value": rollout.values,
+           "logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale)}
+    if rollout.sft_logp_cot is not None:
+        old["sft_logp_cot"] = rollout.sft_logp_cot
+    old = {key: x.flatten() for key, x in old.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    stats = {"policy_loss": [], "value_loss": [], "approx_kl": [], "clipfrac": [], "entropy": [], "grad_norm": [], "kl_to_sft": []}
-    first_ratio_error, skipped, skipped_in_a_row = None, 0, 0
-    for _ in range(epochs):
-        for batch in torch.randperm(len(old_logp)).split(minibatch):
-            sums, largest = dict.fromkeys(stats, 0.0), 0.0
-            for index in batch.split(microbatch):
-                scores = policy.evaluate([rollout.answers[i] for i in index])
-                device = scores.value.device
-                advantage, old_value, target, old = (
-                    x[index].to(device) for x in (normalised, old_values, returns, old_logp))
-                log_ratio = action_log_prob(scores.logp_cot, scores.logp_action, cot_scale) - old
-                ratio = log_ratio.exp()  # rho = pi_new(a | s) / pi_old(a | s), one per environment step
-                # L_policy = -mean min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
-                policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).sum()
-                # L_value = 1/2 mean max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
-                clipped = old_value + (scores.value - old_value).clamp(-value_clip, value_clip)
-                value_loss = 0.5 * torch.max((scores.value - target) ** 2, (clipped - target) ** 2).sum()
-                loss = policy_loss + value_coef * value_loss
-                if sft_logp_cot is not None:
-                    kl = kl_estimate(sft_logp_cot[index].to(device) - scores.logp_cot).sum()
-                    loss = loss + kl_coef * kl
-                    sums["kl_to_sft"] += kl.item()
-                (loss / len(batch)).backward()
-                with torch.no_grad():
-                    sums["policy_loss"] += policy_loss.item()
-                    sums["value_loss"] += value_loss.item()
-                    sums["approx_kl"] += kl_estimate(log_ratio).sum().item()
-                    sums["clipfrac"] += ((ratio - 1).abs() > clip).sum().item()
-                    sums["entropy"] += scores.entropy.sum().item()
-                    largest = max(largest, log_ratio.max().item())
-                    if first_ratio_error is None:
-                        first_ratio_error = (ratio - 1).abs().max().item()
-            sums = {key: total / len(batch) for key, total in sums.items()}
-            sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-            broken = not math.isfinite(sums["grad_norm"]) or largest > MAX_LOG_RATIO
-            if not broken:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            skipped, skipped_in_a_row = skipped + broken, (skipped_in_a_row + 1) * broken
-            if skipped_in_a_row > MAX_SKIPPED:
-                raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or an exploding ratio")
-            if broken:
-                continue
-            for key, value in sums.items():
-                stats[key].append(value)
-            if target_kl and sums["approx_kl"] > 1.5 * target_kl:
-                break
-        else:
-            continue
-        break
-    return {key: sum(values) / max(len(values), 1) for key, values in stats.items()} | {
-        "explained_variance": explained_variance(old_values, returns), "first_ratio_error": first_ratio_error, "skipped": skipped}
+    history, first_ratio_error, skipped, skipped_in_a_row = [], None, 0, 0
+    shuffled = (batch for _ in range(epochs) for batch in torch.randperm(len(old["logp"])).split(minibatch // world_size()))
+    for batch in shuffled:
+        stats = {}
+        for index in batch.split(microbatch):
+            scores = policy.evaluate([rollout.answers[i] for i in index])
+            terms = loss_terms(scores, {key: x[index].to(scores.value.device) for key, x in old.items()}, cot_scale, clip, value_clip)
+            loss = terms["policy_loss"] + value_coef * terms["value_loss"] + kl_coef * terms["kl_to_sft"]
+            (loss.sum() / (len(batch) * world_size())).backward()
+            worst = terms.pop("ratio_error").max().item()
+            first_ratio_error = max(worst, first_ratio_error or 0.0) if not history and not skipped else first_ratio_error
+            stats = {key: stats.get(key, 0.0) + x.sum().item() / len(batch) for key, x in terms.items()}
+        sum_gradients(parameters)
+        stats = dict(zip(stats, gather(torch.tensor([list(stats.values())])).reshape(-1, len(stats)).mean(0).tolist()))
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        broken = not math.isfinite(stats["grad_norm"]) or stats.pop("exploded") > 0
+        if not broken:
+            optimizer.step()
+            history.append(stats)
+        optimizer.zero_grad(set_to_none=True)
+        skipped, skipped_in_a_row = skipped + broken, (skipped_in_a_row + 1) * broken
+        if skipped_in_a_row > MAX_SKIPPED:
+            raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or an exploding ratio")
+        if target_kl and not broken and stats["approx_kl"] > 1.5 * target_kl:
+            break
+    return {key: sum(stats[key] for stats in history) / max(len(history), 1) for key in stats if key != "exploded"} | {
+        "explained_variance": explained_variance(gather(rollout.values), gather(returns)),
+        "first_ratio_error": first_ratio_error, "skipped": skipped}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data parallel: one process a GPU, each with its own environments (nothing happens without torch.distributed)
+
+
+def world_size():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x):
+    """The tensors `x` of all processes, of one shape, flattened and joined; alone, x.flatten()."""
+    if not dist.is_initialized():
+        return x.flatten()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts).flatten()
+
+
+def sum_gradients(parameters):
+    """Add up the gradients of all processes, in place."""
+    if dist.is_initialized():
+        for p in parameters:
+            if p.grad is None:  # no sample here reached it, but one elsewhere may have
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
 
 def main():
