@@ -1,5 +1,6 @@
 """Advantages by hand, and the update on a policy of two numbers."""
 import math
+import socket
 from dataclasses import replace
 
 import pytest
@@ -144,3 +145,50 @@ def test_the_penalty_draws_the_thoughts_back_to_the_sft_policy():
     r.sft_logp_cot = torch.tensor([0.2, 0.8] * 16).log()[:, None]
     stats = ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=50, minibatch=32, kl_coef=1.0)
     assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["kl_to_sft"] > 0
+
+
+class Linear(torch.nn.Module):
+    """An `answer` is a vector of features; thoughts, action and value are linear in it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(5, 3)
+
+    def evaluate(self, answers):
+        from policy import Scores
+        cot, action, value = self.layer(torch.stack(answers)).unbind(-1)
+        return Scores(cot, action, value, torch.zeros(len(answers)))
+
+
+def linear_update(rank, ranks, port, answers, rewards, result):
+    """One update with the environments (columns) that belong to `rank`; the weights after it go into `result`."""
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    policy, shape = Linear(), (6, 4 // ranks)
+    flat = [answer for row in answers for answer in row[mine]]
+    with torch.no_grad():
+        scores = policy.evaluate(flat)
+    never = torch.zeros(shape, dtype=torch.bool)
+    r = Rollout(flat, *[x.reshape(shape) for x in (scores.logp_cot, scores.logp_action, scores.value)],
+                torch.zeros(shape), rewards[:, mine], ~never, never)
+    stats = ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=3, minibatch=24, max_grad_norm=0.1)
+    torch.save((policy.layer.weight.detach(), stats), f"{result}-{ranks}-{rank}")
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    answers, rewards = torch.randn(6, 4, 5, generator=generator), torch.randn(6, 4, generator=generator)
+    linear_update(0, 1, None, answers, rewards, tmp_path / "weights")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(linear_update, (2, port, answers, rewards, tmp_path / "weights"), nprocs=2)
+    alone, stats = torch.load(tmp_path / "weights-1-0")
+    for rank in (0, 1):
+        weights, its_stats = torch.load(tmp_path / f"weights-2-{rank}")
+        assert (weights - alone).norm() / (alone - Linear().layer.weight).norm() < 1e-5
+        assert its_stats["approx_kl"] == pytest.approx(stats["approx_kl"], rel=1e-4)
