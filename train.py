@@ -19,10 +19,12 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -33,7 +35,10 @@ import env
 import prompts
 from eval import evaluate, expert_agent, model_agent, random_agent, table
 from policy import VLMPolicy, load_model
-from ppo import Rollout, ppo_update
+from ppo import Rollout, gather, ppo_update, sum_gradients
+
+# Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
@@ -138,6 +143,9 @@ def parse_args(argv=None):
     config = DEFAULTS | PRESETS[preset] | TASK_PRESETS.get((preset, given["env"]), {}) | {"preset": preset} | given
     if config["rollout_steps"] % config["num_envs"]:
         parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
+    for name in ("num_envs", "minibatch", "sft_batch"):
+        if config[name] % RANKS:
+            parser.error(f"--{name.replace('_', '-')} {config[name]} cannot be split over {RANKS} processes")
     if config["env_steps"] < config["rollout_steps"]:
         parser.error(f"--env-steps {config['env_steps']} is less than one rollout of --rollout-steps {config['rollout_steps']}")
     out = out or Path("runs") / f"{config['env']}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -172,9 +180,9 @@ def cosine(step, steps, start, end):
 
 def sft(policy, config, run):
     """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens. Goes on from `run`'s checkpoint."""
-    name, n = config.env, config.sft_batch
-    rng = np.random.default_rng(config.seed)
-    games = env.Games(name, n, config.seed)
+    name, n = config.env, config.sft_batch // RANKS
+    rng = np.random.default_rng(config.seed + 100_003 * RANK)
+    games = env.Games(name, n, config.seed + 100_003 * RANK)
     parameters = list(policy.model.parameters())
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
@@ -182,7 +190,7 @@ def sft(policy, config, run):
     if state := run.restore("sft", policy, optimizer):
         start, rng.bit_generator.state = state["step"], state["rng"]
         games.restore(state["games"])
-    bar = tqdm(range(start, config.sft_steps), "SFT", config.sft_steps, initial=start, unit="step", disable=None)
+    bar = tqdm(range(start, config.sft_steps), "SFT", config.sft_steps, initial=start, unit="step", disable=RANK > 0 or None)
     for step in bar:
         warmup = min(1.0, (step + 1) / (0.03 * config.sft_steps))
         optimizer.param_groups[0]["lr"] = warmup * cosine(step, config.sft_steps, config.sft_lr, 0)
@@ -192,8 +200,10 @@ def sft(policy, config, run):
         answers = policy.demonstrate(games.images, [prompts.build_prompt(name, info) for info in infos],
                                      [prompts.demonstration(name, *pair) for pair in zip(infos, actions)])
         scores = policy.evaluate(answers)
-        loss = -(scores.logp_cot + scores.logp_action).sum() / sum(len(answer.tokens) for answer in answers)
+        tokens = gather(torch.tensor([float(sum(len(answer.tokens) for answer in answers))])).sum().item()
+        loss = -(scores.logp_cot + scores.logp_action).sum() / tokens
         loss.backward()
+        sum_gradients(parameters)
         if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
             raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
         optimizer.step()
@@ -218,9 +228,10 @@ class Collector:
 
     def __init__(self, policy, config):
         self.policy, self.config = policy, config
-        self.rng = np.random.default_rng(config.seed)
-        self.games = env.Games(config.env, config.num_envs, seed=1000 + config.seed * config.num_envs)
-        self.returns = np.zeros(config.num_envs)
+        self.n = n = config.num_envs // RANKS
+        self.rng = np.random.default_rng(config.seed + 100_003 * RANK)
+        self.games = env.Games(config.env, n, seed=1000 + config.seed * config.num_envs + RANK * n)
+        self.returns = np.zeros(n)
 
     def snapshot(self):
         return {"games": self.games.snapshot(), "returns": self.returns.tolist(), "rng": self.rng.bit_generator.state}
@@ -231,8 +242,8 @@ class Collector:
 
     def collect(self, bar):
         """One `Rollout` of rollout_steps, and its statistics: success_rate, mean_return, illegal_rate."""
-        name, n = self.config.env, self.config.num_envs
-        steps = self.config.rollout_steps // n
+        name, n = self.config.env, self.n
+        steps = self.config.rollout_steps // self.config.num_envs
         answers, rows, illegal, episodes = [], [], 0, []
         next_values = torch.zeros(steps, n)
         for t in range(steps):
@@ -251,7 +262,7 @@ class Collector:
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.returns[i]))
                 self.returns[i] = 0
-            bar.update(n)
+            bar.update(n * RANKS)
             if episodes:
                 bar.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
         tensors = [torch.tensor(np.array(column)) for column in zip(*rows)]
@@ -259,11 +270,12 @@ class Collector:
         terminated, truncated = tensors[4:]
         following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
         next_values = torch.where(truncated, next_values, following)
-        success, returns = zip(*episodes) if episodes else ([math.nan], [math.nan])
+        totals = torch.tensor([[len(episodes), sum(s for s, _ in episodes), sum(r for _, r in episodes), illegal, steps * n]], dtype=torch.float64)
+        count, success, total_return, illegal, played = gather(totals).reshape(RANKS, -1).sum(0).tolist()
         sft_logp_cot = self.sft_logp_cot(answers).reshape(logp_cot.shape) if self.config.kl_coef else None
         return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, sft_logp_cot),
-                {"episodes": len(episodes), "success_rate": float(np.mean(success)),
-                 "mean_return": float(np.mean(returns)), "illegal_rate": illegal / (steps * n)})
+                {"episodes": int(count), "success_rate": success / count if count else math.nan,
+                 "mean_return": total_return / count if count else math.nan, "illegal_rate": illegal / played})
 
     @torch.no_grad()
     def sft_logp_cot(self, answers):
@@ -279,6 +291,8 @@ class Collector:
 def reinforce(policy, config, run):
     """PPO on the task reward, from the SFT policy on or from `run`'s checkpoint."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
+    for p in trainable if RANKS > 1 else ():
+        dist.broadcast(p.data, src=0)  # every process begins with the adapter and value head of the first
     optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps)
     collector, first = Collector(policy, config), 0
     if state := run.restore("rl", policy, optimizer):
@@ -291,7 +305,7 @@ def reinforce(policy, config, run):
     if not first:
         checkpoint(0)
     updates, began = config.env_steps // config.rollout_steps, time.time()
-    with tqdm(total=updates * config.rollout_steps, initial=first * config.rollout_steps, desc="PPO", unit="step", disable=None) as bar:
+    with tqdm(total=updates * config.rollout_steps, initial=first * config.rollout_steps, desc="PPO", unit="step", disable=RANK > 0 or None) as bar:
         for update in range(first, updates):
             optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
@@ -305,9 +319,9 @@ def reinforce(policy, config, run):
             run.log(stage="rl", env_steps=steps, **stats, lr=optimizer.param_groups[0]["lr"],
                     logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
                     update_seconds=round(time.time() - collected, 2))
-            bar.write(f"{steps:6} steps  success {stats['success_rate']:6.1%}  return {stats['mean_return']:+6.2f}  "
+            say(f"{steps:6} steps  success {stats['success_rate']:6.1%}  return {stats['mean_return']:+6.2f}  "
                       f"illegal {stats['illegal_rate']:5.1%}  kl {stats['approx_kl']:.4f}  clipped {stats['clipfrac']:5.1%}  "
-                      f"explained {stats['explained_variance']:+.2f}  {time.time() - began:4.0f} s", file=sys.stdout)
+                      f"explained {stats['explained_variance']:+.2f}  {time.time() - began:4.0f} s")
             checkpoint(update + 1)
 
 
@@ -325,11 +339,20 @@ class Run:
 
     def __init__(self, out, config):
         """Lock the directory and find its newest whole checkpoint. Raises OSError, or filelock.Timeout where another run has it."""
-        self.out, self.signal, self.began = out, None, time.time()
+        self.out, self.signal, self.began, self.rows = out, 0, time.time(), []
+        self.file, self.state = None, {"stage": None, "metrics": 0}
+        if RANK == 0:
+            self._open(config)
+        if RANKS > 1:  # the others write nothing
+            found = [self.file, self.state]
+            dist.broadcast_object_list(found)
+            self.file, self.state = found
+
+    def _open(self, config):
+        out = self.out
         out.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
         self.lock.acquire(timeout=0)
-        self.file, self.state, self.rows = None, {"stage": None, "metrics": 0}, []
         for file in sorted(out.glob("checkpoint-*.safetensors"), reverse=True):
             if self._digest(file) == file.stem.split("-")[-1]:
                 with safe_open(file, "pt") as header:
@@ -352,6 +375,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if RANK:
+            return
         self.metrics.close()
         self.lock.release()
         if kind:  # stopped, by a signal or an error
@@ -370,6 +395,8 @@ class Run:
 
     def log(self, **row):
         """Add a line to metrics.jsonl."""
+        if RANK:
+            return
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
         self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
         self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
@@ -379,12 +406,22 @@ class Run:
         tensors = {f"policy.{name}": p.detach() for name, p in policy.named_parameters() if p.requires_grad}
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
-        tensors["random"] = torch.get_rng_state()
-        tensors |= {f"random.cuda.{i}": x for i, x in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+        mine = (self.signal, state, torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        everyone = [mine] * RANKS
+        if RANKS > 1:
+            dist.all_gather_object(everyone, mine)
+        for rank, (_, _, random, random_cuda) in enumerate(everyone):
+            tensors |= {f"random.{rank}": random} | ({f"random.cuda.{rank}": random_cuda} if random_cuda is not None else {})
+        if RANK == 0:
+            self._write(index, tensors, {"stage": stage, "metrics": self.metrics.tell(), "ranks": [state for _, state, _, _ in everyone]})
+        if stop := max(signal for signal, *_ in everyone):
+            raise SystemExit(128 + stop)
+
+    def _write(self, index, tensors, state):
         scratch = self.out / "checkpoint.tmp"
         try:
             with scratch.open("wb") as file:
-                file.write(serialize(tensors, {"state": json.dumps(state | {"stage": stage, "metrics": self.metrics.tell()})}))
+                file.write(serialize(tensors, {"state": json.dumps(state)}))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
@@ -393,8 +430,6 @@ class Run:
         scratch.rename(self.out / f"checkpoint-{index:07}-{self._digest(scratch)}.safetensors")
         for old in sorted(self.out.glob("checkpoint-*.safetensors"))[:-2]:
             old.unlink()
-        if self.signal:
-            raise SystemExit(128 + self.signal)
 
     def finish(self, figure):
         """Write curve.png, which marks the run as finished, and drop the checkpoints."""
@@ -415,10 +450,12 @@ class Run:
                 _, i, name = key.split(".")
                 moments.setdefault(int(i), {})[name] = x
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["random"])
+        if len(self.state["ranks"]) != RANKS:
+            raise ValueError(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
+        torch.set_rng_state(tensors[f"random.{RANK}"])
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([tensors[f"random.cuda.{i}"] for i in range(torch.cuda.device_count())])
-        return self.state
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{RANK}"])
+        return self.state["ranks"][RANK]
 
 
 def sft_key(config):
@@ -468,6 +505,8 @@ def plot(rows, references):
 
 def main(argv=None):
     parser, config, out = parse_args(argv)
+    if RANKS > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if (out / "curve.png").exists():
         parser.error(f"{out} holds a finished run: begin a new one with another --out")
     cached = out.parent / "sft-cache" / sft_key(config)
@@ -491,30 +530,46 @@ def main(argv=None):
         parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
 
 
+def say(text):
+    """Print a line above the progress bars, once, however many processes there are."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
 def train(policy, config, run, cached, weights):
-    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any."""
+    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any.
+
+    Returns the evaluations, a dict of policy name -> row of metrics.jsonl (None in all processes but the first).
+    """
     if not weights:
         sft(policy, config, run)
-        scratch = Path(f"{cached}.{os.getpid()}")
-        policy.model.save_pretrained(scratch)
-        policy.processor.save_pretrained(scratch)
-        scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
+        if RANK == 0:
+            scratch = Path(f"{cached}.{os.getpid()}")
+            policy.model.save_pretrained(scratch)
+            policy.processor.save_pretrained(scratch)
+            scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
     elif weights == cached:
-        print(f"SFT: weights reused from {cached}")
-    if not (run.out / "sft").exists():
+        say(f"SFT: weights reused from {cached}")
+    if RANK == 0 and not (run.out / "sft").exists():
         shutil.copytree(cached, run.out / "sft.tmp", dirs_exist_ok=True)
         (run.out / "sft.tmp").rename(run.out / "sft")
 
     def assess(name, agent):
-        run.log(stage="eval", policy=name, **evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}"))
+        if RANK == 0:  # the others wait at the next gather
+            run.log(stage="eval", policy=name, **evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}"))
+            if run.signal:
+                raise SystemExit(128 + run.signal)
 
     if run.state["stage"] != "rl":
-        torch.manual_seed(config.seed)  # from here on a run with cached SFT weights is the same as one without
+        torch.manual_seed(config.seed + 100_003 * RANK)  # from here on a run with cached SFT weights is the same as one without
         assess("random", random_agent(np.random.default_rng(config.seed)))
         assess("SFT", model_agent(policy, config.env, np.random.default_rng(config.seed)))
-        print(f"SFT: success {run.rows[-1]['success_rate']:.1%} after {run.rows[-1]['seconds']:.0f} s")
+        if RANK == 0:
+            say(f"SFT: success {run.rows[-1]['success_rate']:.1%} after {run.rows[-1]['seconds']:.0f} s")
     policy.add_lora(config.lora_rank, config.lora_alpha)
     reinforce(policy, config, run)
+    if RANK:
+        return None
     policy.save(run.out)
     assess("RL", model_agent(policy, config.env, np.random.default_rng(config.seed)))
     assess("expert", expert_agent(config.env))

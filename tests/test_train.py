@@ -1,8 +1,11 @@
 """The commands as a user runs them: a run from nothing, the same run again, evaluation, bad input."""
 import errno
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -251,3 +254,13 @@ def test_a_model_that_never_acts_does_not_break_training(stops_at_once, tmp_path
     rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert results["RL"]["illegal_rate"] == 1 and all(row["illegal_rate"] == 1 and row["skipped"] == 0 for row in rl)
     assert all(torch.isfinite(torch.tensor(row[key])) for row in rl for key in ("policy_loss", "value_loss", "grad_norm"))
+
+
+def test_two_processes_train_one_policy(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
+    done = subprocess.run([*command, "--env", "blackjack", "--out", str(tmp_path / "run"), *QUICK], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert [row["env_steps"] for row in rl] == [16, 32] and all(row["first_ratio_error"] < 1e-4 for row in rl)
+    assert done.stdout.count("run: ") == 1 and (tmp_path / "run/value_head.safetensors").exists()
