@@ -122,7 +122,7 @@ def parse_args(argv=None):
     add("--sft-steps", "optimiser steps", type=size)
     add("--sft-batch", "demonstrations a step", type=size)
     add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
-    add("--sft-restart", "share of the episodes that each SFT step cuts short: more first states, where planning is hardest", type=rate)
+    add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, come first", type=rate)
     add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
     given = vars(parser.parse_args(argv))
 
@@ -194,6 +194,7 @@ def sft(policy, config, run):
     for step in bar:
         warmup = min(1.0, (step + 1) / (0.03 * config.sft_steps))
         optimizer.param_groups[0]["lr"] = warmup * cosine(step, config.sft_steps, config.sft_lr, 0)
+        restart = config.sft_restart * (1 - step / config.sft_steps)  # from first states to whole episodes
         infos, noisy = games.infos, rng.random(n) < config.demo_noise
         actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(name, info)
                    for noise, info in zip(noisy, infos)]
@@ -210,7 +211,7 @@ def sft(policy, config, run):
         optimizer.zero_grad(set_to_none=True)
         # Half of the slips are not played, so that good states are seen as often as spoilt ones.
         games.step([action if slip else env.expert_action(name, info)
-                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < config.sft_restart)
+                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < restart)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
             run.log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
