@@ -5,7 +5,7 @@
     image, reward, terminated, truncated, info = env.step(info["legal_actions"].index("hit"))
 
 `info`, at every reset and step, holds `legal_actions` (list of str; an action is an index into it),
-`success` (bool: the episode is over and its return is positive) and the true state behind the picture,
+`success` (bool: the episode is over and its return is positive; ALFWorld: the task is done) and the true state behind the picture,
 under the names that each class lists. The model never sees the state; prompts and experts do.
 
 `python env.py --env points24` plays a game in the terminal.
@@ -715,10 +715,15 @@ class ALFWorldEnv(Game):
         self.action_space = LegalIndices(len(self.actions))
 
     def deal(self):
-        kinds = [kind for kind in ALFRED_TASKS if self.names.get(kind)]
-        names = self.names[kinds[self.np_random.integers(len(kinds))]]
-        self.game, self.played = names[self.np_random.integers(len(names))], []
-        self._begin(*(data_game(self.data / self.game) if self.data else kept_game(self.split, self.game)))
+        kinds, solvable = [kind for kind in ALFRED_TASKS if self.names[kind]], False
+        while not solvable:  # a few games of the data set are not, and say so
+            names = self.names[kinds[self.np_random.integers(len(kinds))]]
+            self.game, self.played = names[self.np_random.integers(len(names))], []
+            solvable = self._load(self.game)[0].get("solvable", True)
+        self._begin(*self._load(self.game))
+
+    def _load(self, name):
+        return data_game(self.data / name) if self.data else kept_game(self.split, name)
 
     def play(self, action):
         self._act(action)
@@ -726,8 +731,7 @@ class ALFWorldEnv(Game):
         return 50 * self._won + self._rate(), self._won, not self._won and len(self.played) >= self.max_steps
 
     def restore(self, snapshot):
-        game = snapshot["game"]
-        self._begin(*(data_game(self.data / game) if self.data else kept_game(self.split, game)))
+        self._begin(*self._load(snapshot["game"]))
         for action in snapshot["played"]:
             self._act(action)
         return super().restore(snapshot)
@@ -738,7 +742,7 @@ class ALFWorldEnv(Game):
         """Load a game: the contents of game.tw-pddl and of traj_data.json."""
         engine, goal = alfworld_engine(), trajectory["pddl_params"]
         # Every game has its task in its grammar. Without it they share one, which takes 80 ms to parse.
-        grammar, self._task = game["grammar"], re.search(r"Your task is to: (.*?)\.?\\?\"", game["grammar"])[1]
+        grammar, self._task = game["grammar"], re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
         grammar = grammar.replace(f"Your task is to: {self._task}", "Your task is to: UNKNOWN GOAL")
         self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
         self._target, self._goal = goal["object_target"].lower(), (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
@@ -834,7 +838,7 @@ class ALFWorldEnv(Game):
     def _plan(self):
         """(sub-goal in words, command) of an expert that looks for what it has not seen and then does what the task says."""
         seen, carried, appliance = self._seen, self._carried, CHANGES.get(self._kind, ("", ""))
-        ready = {o for o in self._infos_names() if not appliance[0] or self._is(appliance[0], o)}
+        ready = {o for o in [*self._where, carried] if not appliance[0] or self._is(appliance[0], o)}
         goals = [r for r in self._receptacles if kind_of(r) == self._goal]
 
         def at(receptacle, command=None):
@@ -868,12 +872,9 @@ class ALFWorldEnv(Game):
         wanted = [o for o in known if (self._where[o] != best if self._kind == "two" else
                                        not (o in ready and self._where[o] in goals) or self._kind == "light")]
         if not wanted:
-            return find(f"{self._target}")
+            return find(self._target)
         thing = min(wanted, key=lambda o: (o not in ready, self._where[o] != self._place, natural(o)))
         return f"take the {self._target}", at(self._where[thing], f"take {thing} from {self._where[thing]}")
-
-    def _infos_names(self):
-        return [info.name for info in self._infos.values() if info.type == "object"]
 
     # -- the picture: five by five cells of 60 pixels, a patch of the embedded model each
 
@@ -1117,7 +1118,7 @@ def main():
             parser.error(f"cannot write {args.picture}: {error}")
         show(image) if sys.stdout.isatty() else print(f"picture: {args.picture}")
         try:
-            action = input(f"your action ({' '.join(info['legal_actions'])}; the expert plays {expert_action(args.env, info)}): ").strip()
+            action = input(f"your action ({', '.join(info['legal_actions'])}; the expert plays {expert_action(args.env, info)}): ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
         if action not in info["legal_actions"]:
