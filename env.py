@@ -608,7 +608,7 @@ def alfworld_engine():
             os.environ["ALFWORLD_DATA"] = variable
     pddl2sas = fast_downward.pddl2sas
 
-    @lru_cache(maxsize=512)
+    @lru_cache(maxsize=256)  # up to 2 MB each
     def translate(domain, problem):
         try:
             return pddl2sas(domain, problem)
@@ -662,7 +662,8 @@ def built_in_game(split, kind, number):
         facts += [f"({what} {o_id})" for what in ("Cleanable", "Heatable", "Coolable", "Toggleable") if o in can[what]]
         facts += [f"(pickupable {o_id})"] * (o != "DeskLamp")
     objects = ["agent1 - agent", *(f"{r}Type - rtype" for r in rtypes), *(f"{o}Type - otype" for o in otypes),
-               *(f"{at} - receptacle" for at in ids), *(f"{o}_bar_{i} - object" for i, (o, _) in enumerate(things)), *(f"loc_bar_{i} - location" for i in range(7))]
+               *(f"{at} - receptacle" for at in ids), *(f"{o}_bar_{i} - object" for i, (o, _) in enumerate(things)),
+               *(f"loc_bar_{i} - location" for i in range(7))]
     goal, names = engine.goals[ALFRED_TASKS[kind]], dict(obj=target, recep=place, toggle="DeskLamp")
     task = pick(goal["templates"]).format(**{key: name.lower() for key, name in names.items()})
     problem = "\n".join(["(define (problem room) (:domain alfred)", "(:objects", *objects, ")", "(:init", *facts, ")"])
@@ -681,7 +682,9 @@ class LegalIndices(gym.spaces.Discrete):
         return super().contains(x) and x < self.legal
 
     def sample(self, mask=None, probability=None):
-        return np.int64(self.np_random.integers(self.legal)) if mask is None and probability is None else super().sample(mask, probability)
+        if mask is not None or probability is not None:
+            return super().sample(mask, probability)
+        return self.np_random.integers(self.legal)
 
 
 class ALFWorldEnv(Game):
@@ -747,7 +750,7 @@ class ALFWorldEnv(Game):
         names = engine.Demangler(game_infos=self._infos)
         for key, info in self._infos.items():
             info.name, info.definite, info.indefinite = names.demangle_alfred_name(key).strip(), "the", "a"
-        self._receptacles = sorted((info.name for info in self._infos.values() if info.type == "receptacle"))
+        self._receptacles = sorted(info.name for info in self._infos.values() if info.type == "receptacle")
         self._operators, self._seen, self._place = [], set(), ""
         self._look()
         self._feedback = self._say("#look.feedback#", {})
@@ -847,7 +850,7 @@ class ALFWorldEnv(Game):
         def fit(receptacle, what):
             return (kind_of(receptacle) + "type", kind_of(what) + "type") in fits
 
-        def at(receptacle, command=None):
+        def at(receptacle, command):
             """Go there, open it, then play `command`."""
             if self._place != receptacle:
                 return f"{'examine' if receptacle in self._here else 'go to'} {receptacle}"
@@ -963,9 +966,10 @@ def data_set(folder):
 def data_game(folder):
     """(game, trajectory) of a folder of the data set or of the cache."""
     try:
-        return tuple(json.loads((folder / name).read_text()) for name in ("game.tw-pddl", "traj_data.json"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no ALFWorld game that can be read ({error}): run alfworld-download again") from None
+        game, trajectory = (json.loads((folder / name).read_text()) for name in ("game.tw-pddl", "traj_data.json"))
+        return game, {key: trajectory[key] for key in ("task_type", "pddl_params")}  # all that is needed of 100 kB
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no ALFWorld game that can be read ({error}): delete it, or run alfworld-download again") from None
 
 
 def kept_game(split, name):

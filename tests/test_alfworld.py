@@ -51,6 +51,24 @@ def test_the_expert_solves_built_in_games_also_after_random_actions(kind, split)
             assert steps <= 40
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expert_turns_to_receptacles_at_the_same_place(kind):
+    rng = np.random.default_rng(1)
+    game, _ = begin(kind, 1)
+    loaded, trajectory = env.kept_game("train", game.game)
+    problem = loaded["pddl_problem"]
+    for other in (2, 4, 6):  # as in the data set, where a place may have several
+        problem = problem.replace(f"loc_bar_{other})", f"loc_bar_{other - 1})")
+    game._begin(loaded | {"pddl_problem": problem}, trajectory)
+    turned = 0
+    for step in range(50):
+        if not game._won:
+            command = str(rng.choice(game.legal_actions())) if step < 10 else game.state()["expert"]
+            turned += command.startswith("examine")
+            game._act(command)
+    assert game._won and turned
+
+
 def test_built_in_games_come_from_their_seeds_and_unseen_rooms_are_other_rooms():
     def rooms(split):
         games = [env.built_in_game(split, kind, number)[0] for kind in KINDS for number in range(env.ALFWorldEnv.games[split])]
