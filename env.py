@@ -602,6 +602,7 @@ def alfworld_engine():
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
             from textworld.envs.pddl import logic
             from textworld.generator.game import EntityInfo
+            from textworld.logic import Rule
     finally:
         os.environ.pop("ALFWORLD_DATA")
         if variable is not None:
@@ -617,6 +618,7 @@ def alfworld_engine():
 
     # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
     fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
+    Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)  # the grammar's few conditions, 1 ms a step
     return SimpleNamespace(
         constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,
         logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
@@ -902,6 +904,7 @@ class ALFWorldEnv(Game):
             cell(x, y, next((color for fact, color in colors.items() if self._is(fact, name)), "white"))
             put(name, x + 10, y + 4, 40)
             draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
+            draw_text(picture, name.split(" ")[-1].strip("1"), (x + 48, y + 15), 22, INK, bold=1)  # large for "mug 2", none for "mug 1"
 
         verb, color = VERBS[self._kind]
         cell(0, 0, color, SIZE)
@@ -939,11 +942,11 @@ class ALFWorldEnv(Game):
             for j, held in enumerate(self._held_in(name)[:3] if seen else []):  # as last seen: nobody else moves things
                 put(held, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
         cell(240, 180, "#2b5f4b", 60, 120)
-        draw_text(picture, "carrying", (270, 192), 12, "white")
+        draw_text(picture, "carrying", (270, 212), 12, "white")
         if self._carried:
-            thing(self._carried, 240, 210)
+            thing(self._carried, 240, 240)
         else:
-            draw_text(picture, "nothing", (270, 240), 12, "#a8c8b8")
+            draw_text(picture, "nothing", (270, 268), 12, "#a8c8b8")
         return picture
 
 

@@ -79,7 +79,7 @@ TASKS = {
         fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
                 "hand": (["rank of each of your cards"], lambda info: ranks(info["player"]))},
         thoughts=blackjack_thoughts),
-    # About 650 characters a prompt, half of them the rules and the form, and 100 an answer.
+    # About 560 characters a prompt (1100 in the data set's rooms), half of them the rules and the form, and 110 an answer.
     "alfworld": Task(
         rules="The picture shows a task at the top, below it what is in front of you, then a map of the room and what you carry. "
               "Do the task: go to places, open them, find things, carry them",
