@@ -5,20 +5,32 @@
     image, reward, terminated, truncated, info = env.step(info["legal_actions"].index("hit"))
 
 `info`, at every reset and step, holds `legal_actions` (list of str; an action is an index into it),
-`success` (bool: the episode is over and its return is positive) and the true state behind the picture,
+`success` (bool: the episode is over and its return is positive; ALFWorld: the task is done) and the true state behind the picture,
 under the names that each class lists. The model never sees the state; prompts and experts do.
 
 `python env.py --env points24` plays a game in the terminal.
 """
 import argparse
+import contextlib
+import inspect
+import io
 import itertools
+import json
+import os
+import re
+import shutil
 import sys
+import tempfile
+import zlib
+from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 SIZE = 300  # height and width of every picture, in pixels
 RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
@@ -215,6 +227,7 @@ class Game(gym.Env):
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
     actions: tuple  # of str
+    illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
@@ -493,7 +506,515 @@ class BlackjackEnv(Game):
         return picture
 
 
-GAMES = {"numberline": NumberLineEnv, "ezpoints": EZPointsEnv, "points24": Points24Env, "blackjack": BlackjackEnv}
+# ---------------------------------------------------------------------------------------------------
+# ALFWorld
+
+ALFRED_TASKS = {"pick": "pick_and_place_simple", "light": "look_at_obj_in_light", "clean": "pick_clean_then_place_in_recep",
+                "heat": "pick_heat_then_place_in_recep", "cool": "pick_cool_then_place_in_recep", "two": "pick_two_obj_and_place"}
+CHANGES = {"clean": ("isclean", "sinkbasin", "Cleanable"), "heat": ("ishot", "microwave", "Heatable"),
+           "cool": ("iscool", "fridge", "Coolable")}  # the fact that the task wants, where it is made, what the tables call it
+SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
+# The built-in rooms: tasks, receptacles that each has, receptacles of which it has some, objects.
+ROOMS = {
+    "kitchen": ("pick clean heat cool two", "Fridge Microwave SinkBasin",
+                "CounterTop DiningTable Cabinet Cabinet Drawer Drawer Shelf SideTable GarbageCan StoveBurner",
+                "Apple Egg Tomato Bread Mug Plate Pan Spoon"),
+    "living room": ("pick light two", "Sofa CoffeeTable", "ArmChair SideTable Drawer Drawer Shelf Cabinet DiningTable Safe",
+                    "Book KeyChain RemoteControl Pillow Newspaper Vase"),
+    "bedroom": ("pick light two", "Bed Desk", "Dresser Drawer Drawer Shelf SideTable Safe ArmChair CounterTop",
+                "Book AlarmClock CellPhone CD Pencil Pillow"),
+    "bathroom": ("pick clean two", "SinkBasin Toilet", "CounterTop Cabinet Cabinet Drawer BathtubBasin GarbageCan Shelf Cart",
+                 "SoapBar Cloth ToiletPaper Candle SprayBottle HandTowel"),
+}
+
+# Icons, on a grid of 100 x 100: (e)llipse, (r)ectangle or (p)olygon; colour: the thing's own (c), (d)arker, (l)ighter, blac(k) or (p)aper;
+# coordinates. Then who looks like what, and in which colour; all others are boxes.
+SHAPES = dict(re.findall(r"([a-z][a-z ]+): ([^;]+)", """
+    round: e c 14 20 86 92 p k 47 24 60 4 66 6 54 26 e l 28 32 46 50; egg: e c 24 10 76 92 e l 34 24 50 48;
+    loaf: r c 8 44 92 86 e c 8 20 92 68 r d 34 40 38 84 r d 62 40 66 84;
+    cup: e d 48 32 96 78 e p 60 44 84 66 r c 14 20 70 92 r l 14 20 70 32; dish: e c 2 24 98 84 e l 22 36 78 70;
+    pan: r k 60 50 100 64 e c 4 22 72 92 e d 16 34 60 80; stick: p c 8 84 66 28 76 38 18 94 e c 56 2 98 44;
+    pencil: p c 16 70 70 12 90 30 34 88 p k 16 70 34 88 6 96 p d 70 12 90 30 96 8; book: r c 14 8 86 94 r l 30 22 74 46 r d 14 8 24 94;
+    paper: r c 10 12 90 92 r k 20 24 80 36 r d 20 46 80 52 r d 20 62 80 68 r d 20 78 60 84;
+    device: r c 28 4 72 98 r l 36 14 64 56 e k 42 70 58 86; bottle: r c 26 36 74 98 r d 42 6 58 38 r k 38 2 62 14 r l 34 56 66 80;
+    soft: e c 2 20 98 88 e l 22 34 78 74; cloth: p c 6 20 94 12 90 88 10 80 r l 20 34 80 42 r l 20 56 80 64;
+    ring: e c 8 8 92 92 e p 36 36 64 64; roll: r c 14 30 86 90 e c 14 14 86 50 e d 38 24 62 40;
+    key: e c 4 26 52 74 e p 18 40 38 60 r c 48 44 98 56 r c 76 50 84 76 r c 90 50 98 70; bar: r c 8 30 92 80 r l 20 42 80 66;
+    clock: e c 8 12 92 96 e l 20 24 80 84 r k 47 30 53 56 r k 47 52 70 58 e c 8 2 34 28 e c 66 2 92 28;
+    candle: r c 34 38 66 96 e k 46 26 54 40 p l 50 2 62 24 50 36 38 24; box: r c 8 24 92 92 r d 8 24 92 42;
+    oven: r c 2 16 98 84 r d 8 22 72 78 r l 14 28 66 72 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
+    oven open: r c 2 16 98 84 r k 8 22 72 78 p d 8 78 72 78 66 100 2 100 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
+    lamp: p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
+    lamp lit: e l 0 0 100 96 p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
+    table: r d 12 42 24 98 r d 76 42 88 98 r c 2 28 98 46; counter: r d 8 40 92 98 r k 49 46 51 94 r c 2 24 98 42;
+    seat: r c 10 14 90 66 r d 20 50 80 82 r c 2 38 22 88 r c 78 38 98 88;
+    bed: r d 2 20 10 96 r d 90 56 98 96 r c 6 56 94 82 e l 12 42 44 64;
+    basin: r k 44 8 54 44 r k 44 8 72 18 p c 2 42 98 42 80 94 20 94 e l 14 36 86 54; can: p c 20 24 80 24 70 98 30 98 r d 12 12 88 26;
+    shelf: r c 2 24 98 34 r c 2 56 98 66 r c 2 88 98 98 r d 8 10 14 98 r d 86 10 92 98;
+    burner: r k 6 20 94 96 e c 18 26 82 90 e k 32 40 68 76 e c 44 52 56 64;
+    door: r c 16 2 84 98 r d 22 8 78 92 r c 26 12 74 88 r k 64 42 70 62;
+    door open: r c 16 2 84 98 r k 24 10 76 90 p d 16 2 0 14 0 100 16 98; drawer: r c 4 14 96 90 r d 12 24 88 80 r k 38 46 62 56;
+    drawer open: r c 4 4 96 60 r k 12 12 88 56 p d 4 56 96 56 100 98 0 98 r k 38 72 62 82"""))
+LOOKS = {name: (shape, "#" + color) for shape, names in re.findall(r"([a-z]+): ([^;]+)", """
+    round: apple d22b2b tomato f26b3a potato a9814f lettuce 6aa83a; egg: egg f0d9a8; loaf: bread c98a45; cup: mug 3c6fc4 cup 3aa89a;
+    dish: plate 9fb3c8 bowl b06fc0; pan: pan 4a4f57 pot 7a6f66; stick: spoon 8d99a6 knife 56606b; pencil: pencil e8b21e; book: book a03a8c;
+    paper: newspaper cfc8b4; device: remotecontrol 33373d cellphone 2f8f4f; bottle: spraybottle 2fa0d8 vase d0568c; soft: pillow 7f6fd0;
+    cloth: cloth 3fa08f handtowel e88aa0; ring: cd 3fb8e0; roll: toiletpaper c8c8d4; key: keychain d8a020;
+    bar: soapbar f09ab8 dishsponge e8c83a; clock: alarmclock d8402f; candle: candle e8a83a; lamp: desklamp e8902a floorlamp d0a848;
+    table: diningtable 8a5a33 sidetable b58a5a coffeetable 6f4a2f desk 9c6b3f; counter: countertop 8b9aa5 dresser a4713f;
+    seat: sofa 4f78b8 armchair b85f4f; bed: bed 6f8fc8; basin: sinkbasin 6fb0d0 bathtubbasin 4fa0a8 toilet a8b4bc; can: garbagecan 6f7f6f;
+    shelf: shelf a87f4f cart 8f9fa8; burner: stoveburner d0502a; oven: microwave 6f7883; door: fridge 9fb8cc cabinet c09058 safe 5a7a6a;
+    drawer: drawer b87f48""")
+         for name, color in re.findall(r"([a-z]+) (\w{6})", names)}
+VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"), "heat": ("HEAT", "#b8331f"),
+         "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
+PAPER, INK = "#f4f1ea", "#101820"
+
+
+@lru_cache(maxsize=None)
+def icon(name, pixels, state=""):
+    """A picture of an object or receptacle ("mug", "fridge"; state: "", "open" or "lit") of pixels x pixels, transparent around it."""
+    shape, color = LOOKS.get(name, ("box", "#%06x" % ((zlib.crc32(name.encode()) & 0x7F7F7F) + 0x303030)))
+    s, paint = pixels * 4 / 100, np.array(ImageColor.getrgb(color))
+    colors = {"c": paint, "d": paint * 0.6, "l": paint * 0.4 + 153, "k": (24, 28, 34), "p": (244, 241, 234)}
+    picture = Image.new("RGBA", (pixels * 4, pixels * 4))
+    draw = ImageDraw.Draw(picture)
+    for form, fill, points in re.findall(r"([erp]) (\w)((?: \d+)+)", SHAPES.get(f"{shape} {state}", SHAPES[shape])):
+        fill, points = tuple(int(value) for value in colors[fill]), [int(p) * s for p in points.split()]
+        {"e": draw.ellipse, "r": draw.rectangle, "p": draw.polygon}[form](points, fill)
+    return picture.resize((pixels, pixels), Image.LANCZOS)
+
+
+@lru_cache(maxsize=None)
+def alfworld_engine():
+    """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made, for nothing else needs it.
+
+    One library serves all games of a process, whoever acts loads its state: 0.1 ms, where a library a game is 33 MB.
+    """
+    variable, argv = os.environ.get("ALFWORLD_DATA"), sys.argv
+    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()  # importing alfworld sets this variable and makes the folder
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import alfworld.gen.constants as constants
+            import fast_downward
+            from alfworld.agents.utils.misc import Demangler
+            from alfworld.gen.goal_library import gdict
+            from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+            from textworld.envs.pddl import logic
+            from textworld.generator.game import EntityInfo
+            from textworld.logic import Rule
+    finally:
+        os.environ.pop("ALFWORLD_DATA")
+        if variable is not None:
+            os.environ["ALFWORLD_DATA"] = variable
+    pddl2sas = fast_downward.pddl2sas
+
+    @lru_cache(maxsize=256)  # up to 2 MB each
+    def translate(domain, problem):
+        try:
+            return pddl2sas(domain, problem)
+        finally:
+            sys.argv = argv  # pddl2sas replaces it
+
+    # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
+    fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
+    Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)  # the grammar's few conditions, 1 ms a step
+    return SimpleNamespace(
+        constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,
+        logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
+        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None)
+
+
+def built_in_game(split, kind, number):
+    """A room made from seeds, as (game, trajectory): the contents of ALFWorld's game.tw-pddl and traj_data.json.
+
+    Six receptacles, four or five objects. Rooms whose set of receptacles has a checksum divisible by four are for `unseen` alone.
+    """
+    engine, rng = alfworld_engine(), np.random.default_rng([SPLITS[split] == "train", list(ALFRED_TASKS).index(kind), number])
+    tables, light, (_, appliance, able) = engine.constants, kind == "light", CHANGES.get(kind, ("", "", ""))
+    holds, can = tables.VAL_RECEPTACLE_OBJECTS, tables.VAL_ACTION_OBJECTS
+
+    def pick(choices):
+        return choices[rng.integers(len(choices))]
+
+    homes = []
+    while not homes:  # until the room is one of the split's, and the target can be somewhere and go elsewhere
+        _, fixed, others, objects = map(str.split, pick([room for room in ROOMS.values() if kind in room[0].split()]))
+        receptacles = sorted(fixed + list(rng.permutation(others)[:6 - len(fixed)]))
+        target, place = pick(objects), pick([r for r in receptacles if r.lower() != appliance])
+        tops = [r for r in receptacles if r in ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")]
+        unseen = zlib.crc32(" ".join(receptacles).encode()) % 4 == 0
+        if unseen == (split == "unseen") and target in holds[place] and target in can.get(able, objects) and (tops or not light):
+            homes = [r for r in receptacles if target in holds[r] and (r != place or light)]
+    things = [(target, pick(homes)) for _ in range(1 + (kind == "two"))] + [("DeskLamp", pick(tops)) for _ in range(light)]
+    for name in rng.permutation([o for o in objects if o != target])[:rng.integers(4, 6) - len(things)]:
+        things += [(name, pick(spots)) for spots in [[r for r in receptacles if name in holds[r]]] if spots]
+
+    # "Sink_bar_1_bar_SinkBasin" is ALFWorld's way to name what a sink holds.
+    ids = [f"{r.removesuffix('Basin')}_bar_{i}" + f"_bar_{r}" * r.endswith("Basin") for i, r in enumerate(receptacles)]
+    rtypes, otypes = sorted(set(receptacles)), sorted({o for o, _ in things})
+    facts = ["(= (total-cost) 0)", "(atLocation agent1 loc_bar_0)"]
+    facts += [f"(canContain {r}Type {o}Type)" for r in rtypes for o in otypes if o in holds[r]]
+    for i, (r, at) in enumerate(zip(receptacles, ids), 1):
+        facts += [f"(receptacleAtLocation {at} loc_bar_{i}) (receptacleType {at} {r}Type)"]
+        facts += [f"(openable {at})"] * (r in tables.OPENABLE_CLASS_LIST)
+    for i, (o, r) in enumerate(things):
+        o_id, at = f"{o}_bar_{i}", pick([i for i, other in enumerate(receptacles) if other == r])
+        facts += [f"(objectType {o_id} {o}Type) (inReceptacle {o_id} {ids[at]}) (objectAtLocation {o_id} loc_bar_{at + 1})"]
+        facts += [f"({what} {o_id})" for what in ("Cleanable", "Heatable", "Coolable", "Toggleable") if o in can[what]]
+        facts += [f"(pickupable {o_id})"] * (o != "DeskLamp")
+    objects = ["agent1 - agent", *(f"{r}Type - rtype" for r in rtypes), *(f"{o}Type - otype" for o in otypes),
+               *(f"{at} - receptacle" for at in ids), *(f"{o}_bar_{i} - object" for i, (o, _) in enumerate(things)),
+               *(f"loc_bar_{i} - location" for i in range(7))]
+    goal, names = engine.goals[ALFRED_TASKS[kind]], dict(obj=target, recep=place, toggle="DeskLamp")
+    task = pick(goal["templates"]).format(**{key: name.lower() for key, name in names.items()})
+    problem = "\n".join(["(define (problem room) (:domain alfred)", "(:objects", *objects, ")", "(:init", *facts, ")"])
+    return ({"pddl_domain": engine.domain, "grammar": engine.grammar.replace("UNKNOWN GOAL", task), "solvable": True,
+             "pddl_problem": problem + goal["pddl"].format(**names).replace("#", "-")},
+            {"task_type": ALFRED_TASKS[kind], "pddl_params": {
+                "object_target": target, "parent_target": "" if light else place, "toggle_target": "DeskLamp" if light else "",
+                "mrecep_target": "", "object_sliced": False}})
+
+
+class LegalIndices(gym.spaces.Discrete):
+    """Indices into a list of legal actions that changes: those below `legal`, of at most `n`."""
+    legal = 1
+
+    def contains(self, x):
+        return super().contains(x) and x < self.legal
+
+    def sample(self, mask=None, probability=None):
+        if mask is not None or probability is not None:
+            return super().sample(mask, probability)
+        return self.np_random.integers(self.legal)
+
+
+class ALFWorldEnv(Game):
+    """Household tasks in ALFWorld's text engine: find things, clean, heat or cool them, put them somewhere.
+
+    Reward at every step: 50 on success, plus the share of the goal's conditions that hold; the trainer subtracts
+    `illegal_penalty` for an answer that named no legal action. Terminated on success, truncated after 50 steps.
+    split: "train", or "unseen": other rooms; with the environment variable ALFWORLD_DATA the games are the data set's
+    (also "seen"), else they are made from seeds and kept in the user's cache. The six types of tasks come equally often.
+    State: `task` (in words), `task_type` (a key of ALFRED_TASKS), `observation` (the engine's words), `place` (the receptacle in
+    front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from the
+    expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
+    """
+    actions = ("",) * 256  # at most so many; they change
+    illegal_penalty, max_steps = 1.0, 50
+    games = {"train": 200, "unseen": 50}  # built-in games a type of task
+
+    def __init__(self, render_mode=None, split="train"):
+        data = os.environ.get("ALFWORLD_DATA")
+        if split not in (splits := SPLITS if data else self.games):
+            raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{'' if data else ' (without ALFWORLD_DATA)'}")
+        self.split, self.data = split, data and Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
+        self.names = data_set(self.data) if data else {kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
+        alfworld_engine()
+        super().__init__(render_mode)
+        self.action_space = LegalIndices(len(self.actions))
+
+    def deal(self):
+        kinds, solvable = [kind for kind in ALFRED_TASKS if self.names[kind]], False
+        while not solvable:  # a few games of the data set are not, and say so
+            names = self.names[kinds[self.np_random.integers(len(kinds))]]
+            self.game, self.played = names[self.np_random.integers(len(names))], []
+            solvable = self._load(self.game)[0].get("solvable", True)
+        self._begin(*self._load(self.game))
+
+    def _load(self, name):
+        return data_game(self.data / name) if self.data else kept_game(self.split, name)
+
+    def play(self, action):
+        self._act(action)
+        self.played.append(action)
+        return 50 * self._won + self._rate(), self._won, not self._won and len(self.played) >= self.max_steps
+
+    def restore(self, snapshot):
+        self._begin(*self._load(snapshot["game"]))
+        for action in snapshot["played"]:
+            self._act(action)
+        return super().restore(snapshot)
+
+    # -- the engine
+
+    def _begin(self, game, trajectory):
+        """Load a game: the contents of game.tw-pddl and of traj_data.json."""
+        engine, goal = alfworld_engine(), trajectory["pddl_params"]
+        # Every game has its task in its grammar. Without it they share one, which takes 80 ms to parse.
+        grammar, self._task = game["grammar"], re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
+        grammar = grammar.replace(f"Your task is to: {self._task}", "Your task is to: UNKNOWN GOAL")
+        self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
+        self._target = goal["object_target"].lower()
+        self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
+        self._state = engine.playing = engine.State(engine.library, game["pddl_problem"], engine.logic(game["pddl_domain"], grammar))
+        self._infos = {v.name: engine.EntityInfo(v.name, v.type) for fact in self._state.facts for v in fact.arguments}
+        names = engine.Demangler(game_infos=self._infos)
+        for key, info in self._infos.items():
+            info.name, info.definite, info.indefinite = names.demangle_alfred_name(key).strip(), "the", "a"
+        self._receptacles = sorted(info.name for info in self._infos.values() if info.type == "receptacle")
+        self._operators, self._seen, self._place = [], set(), ""
+        self._look()
+        self._feedback = self._say("#look.feedback#", {})
+
+    def _act(self, command):
+        engine, state, action = alfworld_engine(), self._state, self._commands[command]
+        if engine.playing is not state:  # another game was played meanwhile
+            engine.library.load_sas(state.sas.encode())
+            for operator, effects in self._operators:
+                engine.library.apply_operator(operator, (engine.Atom * effects)())
+            engine.playing = state
+        self._operators.append((action.id, state._operators[action.id].nb_effect_atoms))
+        state.apply(action)
+        for thing in action.mapping.values():  # whatever it does, the agent faces the receptacle that it names
+            self._place = self._infos[thing.name].name if thing.type == "receptacle" else self._place
+        self._feedback = self._say(action.feedback_rule, action.mapping)
+        self._look()
+
+    def _say(self, rule, mapping):
+        """The engine's words for what has just happened."""
+        variables = {placeholder.name: self._infos[v.name] for placeholder, v in mapping.items()}
+        return self._state._logic.grammar.derive(rule, {"state": self._state, "facts": list(self._state.facts), "variables": variables,
+                                                        "mapping": mapping, "entity_infos": self._infos})
+
+    def _look(self):
+        """Read the engine's state: facts by name, and the commands that it takes."""
+        self._facts = {}
+        for fact in self._state.facts:
+            self._facts.setdefault(fact.name, set()).add(tuple(self._infos[v.name].name for v in fact.arguments if v.name in self._infos))
+        self._where = dict(sorted(self._facts.get("inreceptacle", ())))  # object -> receptacle
+        self._carried = next((o for _, o in self._facts.get("holds", ())), "")
+        spots = {l for _, l in self._facts["atlocation"]}
+        self._here = {r for r, l in self._facts["receptacleatlocation"] if l in spots}
+        if self._place and not self._shut(self._place):
+            self._seen.add(self._place)
+        self._won = bool(self._state.check_goal())
+        self._commands = {}
+        for action in self._state.all_applicable_actions():
+            template = "go to {r}" if action.name == "gotolocation" else action.command_template
+            command = template.format(**{p.name: self._infos[v.name].name for p, v in action.mapping.items()})
+            # These change nothing, and what they tell is in the picture. But where several receptacles are at one place of the
+            # data set's rooms, `examine` turns to another of them.
+            noise = action.name in ("look", "inventory", "help", "examineobject")
+            if not noise and command not in (f"go to {self._place}", f"examine {self._place}"):
+                self._commands[command] = action
+        self.action_space.legal = len(self._commands)
+
+    def _is(self, fact, name):
+        return (name,) in self._facts.get(fact, ())
+
+    def _shut(self, receptacle):
+        return self._is("openable", receptacle) and not self._is("opened", receptacle)
+
+    def _held_in(self, receptacle):
+        return [o for o, r in self._where.items() if r == receptacle]
+
+    def _rate(self):
+        """ALFRED's goal-condition success rate, in [0, 1]: the share of the goal's conditions that hold now."""
+        targets = [o for o in [*self._where, self._carried] if kind_of(o) == self._target]
+        placed = [o for o in targets if kind_of(self._where.get(o, "")) == self._goal]
+        if self._kind == "light":
+            lit = any(kind_of(o) == self._goal and self._is("istoggled", o) for o in self._held_in(self._place))
+            return ((self._carried in targets) + lit) / 2
+        if self._kind == "two":
+            return min(max(Counter(self._where[o] for o in placed).values(), default=0), 2) / 2
+        if self._kind == "pick":
+            return float(bool(placed))
+        changed = [o for o in targets if self._is(CHANGES[self._kind][0], o)]
+        return (bool(placed) + bool(changed) + bool({*placed} & {*changed})) / 3
+
+    def legal_actions(self):
+        return sorted(self._commands)
+
+    def state(self):
+        subgoal, command = self._plan()
+        return {"task": self._task, "task_type": self._kind, "observation": self._feedback, "place": self._place,
+                "visible": self._visible(), "carried": self._carried, "won": self._won, "success": self._won,
+                "goal_conditions": self._rate(), "subgoal": subgoal,
+                "expert": command if command in self._commands else self.legal_actions()[0]}
+
+    def _visible(self):
+        return [] if not self._place or self._shut(self._place) else self._held_in(self._place)
+
+    @staticmethod
+    def expert(info):
+        """The next command of a plan that rests on what was seen so far."""
+        return info["expert"]
+
+    def _plan(self):
+        """(sub-goal in words, command) of an expert that looks for what it has not seen and then does what the task says."""
+        kind, target, goal, seen, carried, fits = self._kind, self._target, self._goal, self._seen, self._carried, self._facts["cancontain"]
+        change, appliance, _ = CHANGES.get(kind, ("", "", ""))
+        goals = [r for r in self._receptacles if kind_of(r) == goal]
+        known = [o for o, r in self._where.items() if r in seen]
+        targets = [o for o in known if kind_of(o) == target]
+
+        def fit(receptacle, what):
+            return (kind_of(receptacle) + "type", kind_of(what) + "type") in fits
+
+        def at(receptacle, command):
+            """Go there, open it, then play `command`."""
+            if self._place != receptacle:
+                return f"{'examine' if receptacle in self._here else 'go to'} {receptacle}"
+            return f"open {receptacle}" if self._shut(receptacle) and not command.startswith(("heat", "cool")) else command
+
+        def find(what):
+            unseen = sorted((r for r in self._receptacles if r not in seen), key=lambda r: (not fit(r, what), r))
+            return f"find {'an' if what[0] in 'aeiou' else 'a'} {what}", at(unseen[0], "") if unseen else ""
+
+        def done(o):
+            return not change or self._is(change, o)
+
+        # Two objects go into the same receptacle: the one that holds most of them.
+        spot = max(goals, key=lambda r: sum(self._where[o] == r for o in targets), default="")
+        if kind_of(carried) != target and carried:
+            places = sorted((r for r in self._receptacles if fit(r, carried)), key=lambda r: (r != self._place, r not in seen, r))
+            return f"put down the {kind_of(carried)}", at(places[0], f"move {carried} to {places[0]}") if places else ""
+        if carried and kind == "light":
+            lamp = next((o for o in known if kind_of(o) == goal), "")
+            return (f"look at the {target} under the {goal}", at(self._where[lamp], f"use {lamp}")) if lamp else find(goal)
+        if carried and not done(carried):
+            tool = next((r for r in self._receptacles if kind_of(r) == appliance), "")
+            return f"{kind} the {target}", at(tool, f"{kind} {carried} with {tool}")
+        if carried:
+            return f"put the {target} in the {goal}", at(spot, f"move {carried} to {spot}")
+        wanted = [o for o in targets if kind == "light" or not done(o) or self._where[o] not in ([spot] if kind == "two" else goals)]
+        if not wanted:
+            return find(target)
+        thing = min(wanted, key=lambda o: (not done(o), self._where[o] != self._place, o))
+        return f"take the {target}", at(self._where[thing], f"take {thing} from {self._where[thing]}")
+
+    # -- the picture: five by five cells of 60 pixels, a patch of the embedded model each
+
+    def draw(self):
+        """The task in the first row; in the next two the receptacle in front and what lies there; in the last two the room's map and
+        what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody has looked yet."""
+        picture = Image.new("RGB", (SIZE, SIZE), PAPER)
+        draw = ImageDraw.Draw(picture)
+
+        def cell(x, y, color, width=60, height=60, outline=None):
+            draw.rounded_rectangle([x + 2, y + 2, x + width - 3, y + height - 3], 6, color, outline, 3)
+
+        def put(name, x, y, pixels):
+            art = icon(kind_of(name), pixels, "open" if self._is("opened", name) else "lit" if self._is("istoggled", name) else "")
+            picture.paste(art, (x, y), art)
+
+        def thing(name, x, y):
+            colors = {"ishot": "#f4a08c", "iscool": "#9cc8f4", "isclean": "#f4e28c"}
+            cell(x, y, next((color for fact, color in colors.items() if self._is(fact, name)), "white"))
+            put(name, x + 10, y + 4, 40)
+            draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
+            draw_text(picture, name.split(" ")[-1].strip("1"), (x + 48, y + 15), 22, INK, bold=1)  # large for "mug 2", none for "mug 1"
+
+        verb, color = VERBS[self._kind]
+        cell(0, 0, color, SIZE)
+        draw_text(picture, verb, (30, 24), 22, "white", 54, bold=1)
+        for x, name in ((60, self._target), (180, self._goal)):
+            cell(x, 4, "white", height=42)
+            put(name, x + 13, 8, 34)
+        draw.polygon([(128, 18), (152, 18), (152, 10), (172, 25), (152, 40), (152, 32), (128, 32)], "white")
+        draw_text(picture, self._task, (150, 50), 13, "white")
+
+        place, things = self._place, self._visible()
+        shut = bool(place) and self._shut(place)
+        words = "closed" if shut else "" if things else "nothing here" if place else "go somewhere"
+        cell(0, 60, "#d9dfe4" if shut else "white", 120, 120)
+        cell(120, 60, "#3a4450" if shut else "#e3ddd0", 180, 120)
+        draw_text(picture, words, (210, 120), 20, "white" if shut else INK)
+        if place:
+            put(place, 18, 66, 84)
+            draw_text(picture, place + (" (closed)" if shut else " (open)" if self._is("opened", place) else ""), (60, 165), 15, INK, 112)
+        for i, name in enumerate(things[:6]):
+            thing(name, 120 + i % 3 * 60, 60 + i // 3 * 60)
+        if len(things) > 6:
+            draw_text(picture, f"+{len(things) - 6}", (210, 120), 16, "#e0261c", bold=1)
+
+        # Six receptacles fill cells of 60 pixels; the data set's rooms have more, in smaller cells.
+        columns = next(n for n in (4, 6, 8, 12, 16, 24) if n * n // 2 >= len(self._receptacles))
+        size = 240 // columns
+        for i, name in enumerate(self._receptacles):
+            x, y, seen = i % columns * size, 180 + i // columns * size, name in self._seen
+            cell(x, y, "#fffdf2" if seen else "#87909a", size, size, "#e0261c" if name == place else None)
+            put(name, x + size // 10, y + size // 10, size * 8 // 15)
+            if columns == 4:
+                draw_text(picture, "" if seen else "?", (x + 46, y + 22), 22, "white", bold=1)
+                draw_text(picture, name, (x + 30, y + 48), 10, INK, 52)
+            for j, held in enumerate(self._held_in(name)[:3] if seen else []):  # as last seen: nobody else moves things
+                put(held, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
+        cell(240, 180, "#2b5f4b", 60, 120)
+        draw_text(picture, "carrying", (270, 212), 12, "white")
+        if self._carried:
+            thing(self._carried, 240, 240)
+        else:
+            draw_text(picture, "nothing", (270, 268), 12, "#a8c8b8")
+        return picture
+
+
+def kind_of(name):
+    return name.split(" ")[0]
+
+
+@lru_cache(maxsize=8)
+def data_set(folder):
+    """The games of a split of ALFWorld's data set, as a dict type of task -> tuple of folders (str) below `folder`."""
+    # ALFWorld leaves out the same ones: its text engine knows no things in movable things, and its expert no slices.
+    found = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/game.tw-pddl"))
+    games = {kind: tuple(f for f in found if f.startswith(task + "-") and "Sliced" not in f) for kind, task in ALFRED_TASKS.items()}
+    if not any(games.values()):
+        raise ValueError(f"{folder} holds no ALFWorld games: run alfworld-download, or unset ALFWORLD_DATA to play in built-in rooms")
+    return games
+
+
+@lru_cache(maxsize=512)
+def data_game(folder):
+    """(game, trajectory) of a folder of the data set or of the cache."""
+    try:
+        game, trajectory = (json.loads((folder / name).read_text()) for name in ("game.tw-pddl", "traj_data.json"))
+        return game, {key: trajectory[key] for key in ("task_type", "pddl_params")}  # all that is needed of 100 kB
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no ALFWorld game that can be read ({error}): delete it, or run alfworld-download again") from None
+
+
+def kept_game(split, name):
+    """(game, trajectory) of the built-in game `name` ("heat/17"), which is made, played once by the expert and kept in the user's cache."""
+    folder = game_cache() / split / name
+    if not folder.exists():
+        kind, number = name.split("/")
+        game, trajectory = built_in_game(split, kind, int(number))
+        player = ALFWorldEnv(split=split)
+        player._begin(game, trajectory)
+        game["walkthrough"] = []
+        while not player._won:
+            game["walkthrough"].append(player.state()["expert"])
+            player._act(game["walkthrough"][-1])
+            if len(game["walkthrough"]) > 40:
+                raise RuntimeError(f"the expert does not solve the built-in game {split}/{name}: {player._task}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
+        for file, content in (("game.tw-pddl", game), ("traj_data.json", trajectory)):
+            (part / file).write_text(json.dumps(content))
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster, with the same game
+            shutil.rmtree(part)
+    return data_game(folder)
+
+
+@lru_cache(maxsize=1)
+def game_cache():
+    """The folder for built-in games, another for each version of the code that makes them."""
+    version = f"{zlib.crc32((inspect.getsource(built_in_game) + repr(ROOMS)).encode()):08x}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm-games" / f"alfworld-{version}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError:
+        return Path(tempfile.gettempdir()) / folder.name
+
+
+GAMES = {"numberline": NumberLineEnv, "ezpoints": EZPointsEnv, "points24": Points24Env, "blackjack": BlackjackEnv,
+         "alfworld": ALFWorldEnv}
 for game in GAMES.values():
     gym.register(f"GymCards/{game.__name__.removesuffix('Env')}-v0", entry_point=game)
 
@@ -601,7 +1122,7 @@ def main():
             parser.error(f"cannot write {args.picture}: {error}")
         show(image) if sys.stdout.isatty() else print(f"picture: {args.picture}")
         try:
-            action = input(f"your action ({' '.join(info['legal_actions'])}; the expert plays {expert_action(args.env, info)}): ").strip()
+            action = input(f"your action ({', '.join(info['legal_actions'])}; the expert plays {expert_action(args.env, info)}): ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
         if action not in info["legal_actions"]:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import env  # noqa: E402
 from prompts import action_start, parse_action  # noqa: E402
-from test_env import check_rules  # noqa: E402
+from test_env import RULES, check_rules  # noqa: E402
 
 PIECES = ['"action":', "'action':", "action:", '"thoughts":', '"', "'", "\\", '\\"', "{", "}", "[", "]", "(", ")", ",", ":", "\n", "\r", "\t", " ", "\x00",
           "\x1b[2J", "\u202e", "\u201c", "\u2212", "\uff11", "\u0661", "\U0001f0a1", "\ud800", "hit", "stand", "HIT", "1", "10", "+", "-", "*", "/", "=", "**",
@@ -39,7 +39,7 @@ def hostile_string(rng):
 def strings(count):
     """Every string gives a legal action, every list of entries a value or None; a megabyte takes less than 0.2 s."""
     rng, chance = random.Random(0), np.random.default_rng(0)
-    menus = [list(game.actions) for game in env.GAMES.values()] + [["go to drawer 1", "go to drawer 12", "take mug 1 from desk 1"]]
+    menus = [list(game.actions) for name, game in env.GAMES.items() if name != "alfworld"] + [["go to drawer 1", "go to drawer 12", "take mug 1 from desk 1"]]
     legal_answers = 0
     for i in range(count):
         text, menu = hostile_string(rng), rng.choice(menus)
@@ -105,7 +105,7 @@ def main():
     args = parser.parse_args()
     passed = True
     if args.steps:
-        for name in env.GAMES:
+        for name in [*RULES, "blackjack"]:
             print("{}: {} steps in {} episodes, all rewards and ends as in the second implementation".format(name, *check_rules(name, args.steps)), flush=True)
     if args.strings:
         passed &= strings(args.strings)

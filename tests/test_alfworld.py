@@ -1,0 +1,273 @@
+"""ALFWorld: built-in rooms, the expert, rewards, pictures that hide what is not seen, the data set, the engine's own words."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import env
+
+KINDS = list(env.ALFRED_TASKS)
+ROOT = Path(env.__file__).parent
+
+
+def begin(kind, number, split="train"):
+    """A game in its first state, with its walkthrough by the expert."""
+    game = env.ALFWorldEnv(split=split)
+    game.reset(seed=0)
+    game.game = f"{kind}/{number}"
+    loaded = env.kept_game(split, game.game)
+    game._begin(*loaded)
+    return game, loaded[0]["walkthrough"]
+
+
+def play(game, command):
+    return game.step(game.legal_actions().index(command))
+
+
+def python(code, **variables):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("split", ["train", "unseen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expert_solves_built_in_games_also_after_random_actions(kind, split):
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        game, walkthrough = begin(kind, number, split)
+        assert 0 < len(walkthrough) <= 30
+        for _ in range(15):  # on the way it opens, carries, heats, cools and leaves things anywhere
+            if not game._won:
+                game._act(str(rng.choice(game.legal_actions())))
+        steps = 0
+        while not game._won:
+            game._act(game.expert(game.state()))
+            steps += 1
+            assert steps <= 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expert_turns_to_receptacles_at_the_same_place(kind):
+    rng = np.random.default_rng(1)
+    game, _ = begin(kind, 1)
+    loaded, trajectory = env.kept_game("train", game.game)
+    problem = loaded["pddl_problem"]
+    for other in (2, 4, 6):  # as in the data set, where a place may have several
+        problem = problem.replace(f"loc_bar_{other})", f"loc_bar_{other - 1})")
+    game._begin(loaded | {"pddl_problem": problem}, trajectory)
+    turned = 0
+    for step in range(50):
+        if not game._won:
+            command = str(rng.choice(game.legal_actions())) if step < 10 else game.state()["expert"]
+            turned += command.startswith("examine")
+            game._act(command)
+    assert game._won and turned
+
+
+def test_built_in_games_come_from_their_seeds_and_unseen_rooms_are_other_rooms():
+    def rooms(split):
+        games = [env.built_in_game(split, kind, number)[0] for kind in KINDS for number in range(env.ALFWorldEnv.games[split])]
+        return {" ".join(sorted(re.findall(r"\(receptacleType (?!\?)\S+ (\w+)Type\)", game["pddl_problem"]))) for game in games}
+    train, unseen = rooms("train"), rooms("unseen")
+    assert not train & unseen and len(train) > 80 and len(unseen) > 30
+    assert all(len(room.split()) == 6 for room in train | unseen)
+    assert env.built_in_game("train", "heat", 3) == env.built_in_game("train", "heat", 3) != env.built_in_game("train", "heat", 4)
+    assert python("import env; print(env.built_in_game('train', 'heat', 3))").stdout.strip() == str(env.built_in_game("train", "heat", 3))
+
+
+def test_task_types_come_equally_often():
+    game = env.ALFWorldEnv()
+    game._load, game._begin = lambda name: ({},), lambda *_: None
+    rng, drawn = np.random.default_rng(0), []
+    game.np_random = rng
+    for _ in range(1200):
+        game.deal()
+        drawn.append(game.game.split("/")[0])
+    assert all(160 < drawn.count(kind) < 240 for kind in KINDS)
+
+
+# For each type, what the walkthrough earns a step: (before, from which command on, then); 51 at the end.
+@pytest.mark.parametrize("kind, verb, share", [("pick", None, 0), ("light", "take", 1 / 2), ("two", "move", 1 / 2),
+                                               ("clean", "clean", 1 / 3), ("heat", "heat", 1 / 3), ("cool", "cool", 1 / 3)])
+def test_rewards_of_a_walkthrough(kind, verb, share):
+    game, walkthrough = begin(kind, 1)
+    reached = False
+    for command in walkthrough:
+        _, reward, terminated, truncated, info = play(game, command)
+        reached |= command.split()[0] == verb
+        won = command is walkthrough[-1]
+        assert reward == pytest.approx(51 if won else share * reached)
+        assert terminated == info["success"] == info["won"] == won and not truncated
+    assert game.illegal_penalty == 1 and env.BlackjackEnv.illegal_penalty == 0
+
+
+def test_goal_conditions_by_hand():
+    game, _ = begin("heat", 1)
+
+    def rate(where, carried, hot):
+        game._where, game._carried, game._facts = where, carried, {"ishot": {(o,) for o in hot}}
+        return game._rate()
+    game._target, game._goal = "mug", "countertop"
+    assert rate({"mug 1": "shelf 1"}, "", []) == 0 and rate({}, "mug 1", []) == 0
+    assert rate({}, "mug 1", ["mug 1"]) == pytest.approx(1 / 3)                       # hot, not yet placed
+    assert rate({"mug 1": "countertop 2"}, "", []) == pytest.approx(1 / 3)            # placed, not hot
+    assert rate({"mug 1": "countertop 1"}, "mug 2", ["mug 2"]) == pytest.approx(2 / 3)  # one is placed, another hot
+    assert rate({"mug 1": "countertop 1"}, "", ["mug 1"]) == 1
+    assert rate({"apple 1": "countertop 1"}, "", ["apple 1"]) == 0
+    game._kind = "two"
+    assert rate({"mug 1": "countertop 1", "mug 2": "countertop 2"}, "", []) == 0.5  # both have to be in the same receptacle
+    assert rate({"mug 1": "countertop 1", "mug 2": "countertop 1", "mug 3": "countertop 1"}, "", []) == 1
+
+
+def test_fifty_steps_truncate():
+    game, _ = begin("cool", 0)
+    for step in range(50):
+        _, reward, terminated, truncated, info = play(game, next(c for c in game.legal_actions() if c.startswith("go to")))
+        assert not terminated and truncated == (step == 49) and reward == 0
+    assert not info["success"]
+    with pytest.raises(gym.error.ResetNeeded):
+        game.step(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_and_infos_hide_what_was_not_seen(kind):
+    game, walkthrough = begin(kind, 2)
+    closed = 0
+    for command in [None, *walkthrough]:
+        if command:
+            play(game, command)
+        info, picture = game.state(), game.render()
+        assert "goal" not in info["observation"] and "task is" not in info["observation"]
+        if shut := bool(game._place) and game._shut(game._place):
+            assert info["visible"] == [] and not any(c.startswith("take") for c in game.legal_actions())
+        closed += shut
+        where = game._where
+        game._where = {o: r for o, r in where.items() if r in game._seen}
+        hidden = len(where) - len(game._where)
+        assert (game.render() == picture).all() and game.state() == info  # nor does the expert know more
+        game._where = where | {"apple 9": game._place} if game._place else where
+        assert (game.render() == picture).all() == (shut or not game._place)
+        game._where = where
+        assert command or hidden
+    assert kind != "cool" or closed
+
+
+def test_what_is_opened_carried_or_changed_shows():
+    game, walkthrough = begin("heat", 0)
+    pictures = [game.render()]
+    for command in walkthrough:
+        play(game, command)
+        pictures.append(game.render())
+    assert all((a != b).any() for a, b in zip(pictures, pictures[1:]))
+
+
+def test_games_that_take_turns_do_not_disturb_each_other():
+    (one, first), (other, second) = begin("two", 0), begin("heat", 0)
+    alone = []
+    for command in first:
+        one._act(command)
+        alone.append((one.state(), one.legal_actions()))
+    one, _ = begin("two", 0)
+    for i, command in enumerate(first):
+        if i < len(second):
+            other._act(second[i])
+        one._act(command)
+        assert (one.state(), one.legal_actions()) == alone[i]
+    assert one._won and (other._won or len(second) > len(first))
+
+
+def test_a_snapshot_goes_on_exactly():
+    game = env.ALFWorldEnv(split="unseen")
+    rng = np.random.default_rng(0)
+    game.reset(seed=3)
+    for _ in range(12):
+        game.step(int(rng.integers(len(game.legal_actions()))))
+    kept = json.loads(json.dumps(game.snapshot()))
+    again = env.ALFWorldEnv(split="unseen")
+    again.reset(seed=8)
+    picture, info = again.restore(kept)
+    assert (picture == game.render()).all() and info == game._info() and again.snapshot() == kept
+    for _ in range(5):
+        action = int(rng.integers(len(info["legal_actions"])))
+        (p, r, *ends, i), (q, s, *others, info) = game.step(action), again.step(action)
+        assert (p == q).all() and r == s and ends == others and i == info
+    assert (game.reset()[0] == again.reset()[0]).all() and game.game == again.game  # chance goes on, too
+
+
+@pytest.mark.parametrize("kind", ["light", "clean", "two"])
+def test_commands_and_words_are_those_of_alfworlds_own_environment(kind):
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+    from textworld.envs.pddl import PddlEnv
+    game, walkthrough = begin(kind, 1)
+    theirs = AlfredDemangler(PddlEnv(textworld.EnvInfos(admissible_commands=True, won=True)), shuffle=False)
+    theirs.load(str(env.game_cache() / "train" / kind / "1" / "game.tw-pddl"))
+    state, rng = theirs.reset(), np.random.default_rng(0)
+    assert f"Your task is to: {game._task}." in state.feedback and game._feedback in state.feedback
+    for step in range(25):
+        dropped = re.compile(rf"look|inventory|help|examine .*|go to {game._place or '-'}")
+        assert set(game.legal_actions()) == {c for c in state["admissible_commands"] if not dropped.fullmatch(c)}
+        command = game.expert(game.state()) if step % 2 else str(rng.choice(game.legal_actions()))
+        game._act(command)
+        state, _, _ = theirs.step(command)
+        assert state.feedback == game._feedback and state["won"] == game._won
+        if game._won:
+            break
+
+
+def test_the_data_set_is_used_where_the_variable_points(tmp_path, monkeypatch):
+    loaded = env.kept_game("train", "heat/0")
+    for split, thing in (("train", "Egg"), ("valid_unseen", "Mug"), ("valid_unseen", "AppleSliced")):
+        folder = tmp_path / "json_2.1.1" / split / f"pick_heat_then_place_in_recep-{thing}-None-Shelf-7" / "trial_T2019"
+        folder.mkdir(parents=True)
+        for name, content in zip(("game.tw-pddl", "traj_data.json"), loaded):
+            (folder / name).write_text(json.dumps(content))
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    game = gym.make("GymCards/ALFWorld-v0", split="unseen")
+    for seed in range(5):
+        _, info = game.reset(seed=seed)
+        assert game.unwrapped.game.startswith("pick_heat_then_place_in_recep-Mug-") and info["task_type"] == "heat"
+    over = False
+    while not over:
+        *_, terminated, truncated, info = game.step(info["legal_actions"].index(env.expert_action("alfworld", info)))
+        over = terminated or truncated
+    assert info["success"] and os.environ["ALFWORLD_DATA"] == str(tmp_path)
+    with pytest.raises(ValueError, match="valid_seen.*alfworld-download"):
+        env.ALFWorldEnv(split="seen")
+
+
+@pytest.mark.parametrize("make", [lambda path: path, lambda path: path / "nowhere"])
+def test_a_folder_without_games_says_what_to_do(tmp_path, monkeypatch, make):
+    monkeypatch.setenv("ALFWORLD_DATA", str(make(tmp_path)))
+    with pytest.raises(ValueError, match="alfworld-download"):
+        env.ALFWorldEnv()
+
+
+def test_wrong_splits_are_named():
+    for split in ("seen", "valid"):
+        with pytest.raises(ValueError, match=split):
+            env.ALFWorldEnv(split=split)
+
+
+def test_card_games_need_no_alfworld(tmp_path):
+    for package in ("alfworld", "textworld", "fast_downward"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('broken')")
+    done = python("import prompts, env, sys, gymnasium; gymnasium.make('GymCards/Blackjack-v0').reset(seed=0); prompts.corpus(episodes=1)\n"
+                  "assert not {'alfworld', 'textworld', 'fast_downward'} & set(sys.modules)", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_make_the_same_games_at_once_in_silence(tmp_path):
+    code = ("import env, os, sys; argv = sys.argv; g = env.ALFWorldEnv(); [g.reset(seed=s) for s in range(3)]; g.step(0)\n"
+            "assert sys.argv is argv and 'ALFWORLD_DATA' not in os.environ; sys.stderr.write(g.game + g._task)")
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    (out, err), (out2, err2) = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], err + err2
+    assert out == out2 == "" and err == err2
+    assert not list(tmp_path.rglob(".*"))  # no half-written games
