@@ -228,6 +228,7 @@ class Game(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
     actions: tuple  # of str
     illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
+    evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode
@@ -701,7 +702,7 @@ class ALFWorldEnv(Game):
     expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
     """
     actions = ("",) * 256  # at most so many; they change
-    illegal_penalty, max_steps = 1.0, 50
+    illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
     games = {"train": 200, "unseen": 50}  # built-in games a type of task
 
     def __init__(self, render_mode=None, split="train"):
@@ -1032,12 +1033,14 @@ def expert_action(name, info):
 class Games:
     """`num_envs` games of the task `name` in lockstep, behind Gymnasium's vector API; each begins anew when it ends.
 
+    options: for the environment, such as split="unseen".
+
     images (N, 300, 300, 3) uint8, infos: list of N dicts. Both are the states to act in next.
     """
 
-    def __init__(self, name, num_envs, seed):
+    def __init__(self, name, num_envs, seed, **options):
         # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
-        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name))] * num_envs, autoreset_mode="Disabled")
+        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name), **options)] * num_envs, autoreset_mode="Disabled")
         images, infos = self.vector.reset(seed=seed)
         self.images, self.infos = images, split_info(infos)
 

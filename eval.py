@@ -50,15 +50,17 @@ def wilson_interval(successes, n, z=1.96):
 def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
     """Play `episodes` episodes of the task `name`; episode i is the same for every agent with the same seed.
 
+    ALFWorld is played in rooms that training has not seen.
+
     Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose
-    answer named no legal action), episode_length (mean, in steps), seconds.
+    answer named no legal action), episode_length (mean, in steps), seconds; and where the task has several types, by_task_type: type -> [success rate, episodes].
     """
     began, n = time.time(), min(num_envs, episodes)
     first = EVAL_SEEDS * (seed + 1)
-    games, seeds = env.Games(name, n, first), itertools.count(first + n)
+    games, seeds = env.Games(name, n, first, **env.GAMES[name].evaluation), itertools.count(first + n)
     started, active = n, np.ones(n, bool)
     returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
-    finished = []  # (success, return, length) of each episode
+    finished, types = [], {}  # (success, return, length) of each episode; type of task -> successes
     with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
         while active.any():
             playing = np.flatnonzero(active)
@@ -66,10 +68,13 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
             for i, (action, was_legal) in zip(playing, agent(games.images[playing], [games.infos[i] for i in playing])):
                 actions[i] = action
                 illegal += not was_legal
+                returns[i] -= 0 if was_legal else env.GAMES[name].illegal_penalty
             step = games.step(actions, seeds)
             returns, lengths = returns + step["rewards"], lengths + 1
             for i in np.flatnonzero((step["terminated"] | step["truncated"]) & active):
                 finished.append((step["infos"][i]["success"], returns[i], lengths[i]))
+                if "task_type" in step["infos"][i]:
+                    types.setdefault(step["infos"][i]["task_type"], []).append(step["infos"][i]["success"])
                 bar.update()
                 returns[i] = lengths[i] = 0
                 active[i] = started < episodes  # else its place is played on, but not counted
@@ -77,7 +82,8 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
     success, returns, lengths = map(np.array, zip(*finished))
     return {"episodes": episodes, "success_rate": float(success.mean()), "ci95": wilson_interval(success.sum(), episodes),
             "mean_return": float(returns.mean()), "illegal_rate": illegal / int(lengths.sum()),
-            "episode_length": float(lengths.mean()), "seconds": round(time.time() - began, 2)}
+            "episode_length": float(lengths.mean()), "seconds": round(time.time() - began, 2)} | (
+                {"by_task_type": {kind: [float(np.mean(won)), len(won)] for kind, won in sorted(types.items())}} if types else {})
 
 
 def recognition(policy, name, trials, seed=0, num_envs=64):
@@ -86,7 +92,7 @@ def recognition(policy, name, trials, seed=0, num_envs=64):
     The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
     and "all" for the share of answers right in every field.
     """
-    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1))
+    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation)
     fields, right = prompts.TASKS[name].fields, []
     with tqdm(total=trials, desc="recognition", unit="answer", disable=None, leave=False) as bar:
         while len(right) < trials:
@@ -109,7 +115,7 @@ def animate(policy, name, episodes, seed, file):
 
     A key-state field or thought that is not what an expert would have said of this state is marked red.
     """
-    games, rng, frames, total = env.Games(name, 1, EVAL_SEEDS * (seed + 1)), np.random.default_rng(seed), [], 0.0
+    games, rng, frames, total = env.Games(name, 1, EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation), np.random.default_rng(seed), [], 0.0
     while episodes:
         info, image = games.infos[0], games.images[0]
         answer, = policy.act(games.images, [prompts.build_prompt(name, info)])
@@ -156,6 +162,12 @@ def table(rows):
         low, high = r["ci95"]
         lines.append(f"{name:<10} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  {r['mean_return']:>+7.2f}  "
                      f"{r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
+    kinds = next(iter(rows.values())).get("by_task_type", ())
+    if kinds:
+        lines += ["", f"{'success in':<10} " + " ".join(f"{kind:>8}" for kind in kinds) + f" {'average':>8}"]
+        for name, r in rows.items():
+            rates = [r["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
+            lines.append(f"{name:<10} " + " ".join(f"{rate:>8.1%}" for rate in [*rates, sum(rates) / len(rates)]))
     return "\n".join(lines)
 
 

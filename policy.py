@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
-from prompts import action_start, corpus  # noqa: E402
+from prompts import CARD_TASKS, action_start, corpus  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
@@ -224,10 +224,10 @@ class VLMPolicy(nn.Module):
 # Models
 
 
-def load_model(name, seed=0):
-    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one."""
+def load_model(name, seed=0, task=None):
+    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; task: the embedded one's words."""
     if name == "tiny":
-        return build_tiny(seed)
+        return build_tiny(seed, CARD_TASKS if task in (None, *CARD_TASKS) else [task])
     return AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
 
 
@@ -237,7 +237,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}\nAnswer: {% endif %}")
 
 
-def build_tiny(seed=0):
+def build_tiny(seed=0, tasks=CARD_TASKS):
     """A LLaVA of about 1 M parameters with processor, tokenizer and chat template, built here: no download.
 
     A picture is 100 x 100 pixels, 25 patches of 20: about a patch a card. Everything else is the code that
@@ -248,7 +248,7 @@ def build_tiny(seed=0):
                               MistralConfig, PreTrainedTokenizerFast)
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    texts = corpus()
+    texts = corpus(tasks)
     tokenizer = Tokenizer(models.BPE())
     # Numbers and operators stay whole and alone; a phrase between them may grow into one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -300,7 +300,7 @@ def main():
     torch.manual_seed(args.seed)
     image, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
     try:
-        policy = VLMPolicy(*load_model(args.model), temperature=0.5)
+        policy = VLMPolicy(*load_model(args.model, task=args.env), temperature=0.5)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {args.model}: {str(error).splitlines()[0]}")
     answer, = policy.act(image[None], [build_prompt(args.env, info)])

@@ -118,12 +118,12 @@ def corpus(names=CARD_TASKS, episodes=100, seed=0):
         game = gym.make(env.env_id(name))
         for episode in range(episodes):
             _, info = game.reset(seed=seed + episode)
-            over = False
-            while not over:
+            over, steps = False, 0
+            while not over and steps < 25:
                 action = int(rng.integers(len(info["legal_actions"])))
                 texts += [build_prompt(name, info), demonstration(name, info, info["legal_actions"][action])]
                 _, _, terminated, truncated, info = game.step(action)
-                over = terminated or truncated
+                over, steps = terminated or truncated, steps + 1
     return texts
 
 

@@ -59,8 +59,10 @@ TASK_PRESETS = {
     ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
     ("tiny", "points24"): dict(demo_noise=0.4, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, temperature=0.2, lr=1e-4, lr_end=1e-5, rollout_steps=1024),
+    ("tiny", "alfworld"): dict(demo_noise=0.5, sft_steps=1500, value_coef=0.0005, temperature=0.3, lr=2e-4, lr_end=2e-5, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
+    ("paper", "alfworld"): dict(cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
 
@@ -251,15 +253,17 @@ class Collector:
             batch = self.policy.act(self.games.images, [prompts.build_prompt(name, info) for info in self.games.infos])
             parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
                       for answer, info in zip(batch, self.games.infos)]
-            illegal += sum(not was_legal for _, was_legal in parsed)
+            slips = np.array([not was_legal for _, was_legal in parsed])
+            illegal += slips.sum()
             step = self.games.step([action for action, _ in parsed])
+            rewards = step["rewards"] - slips * env.GAMES[name].illegal_penalty
             answers += batch
             rows.append(([a.logp_cot for a in batch], [a.logp_action for a in batch], [a.value for a in batch],
-                         step["rewards"], step["terminated"], step["truncated"]))
+                         rewards, step["terminated"], step["truncated"]))
             cut = np.flatnonzero(step["truncated"] & ~step["terminated"])
             if len(cut):
                 next_values[t, cut] = self.values(step["images"][cut], [step["infos"][i] for i in cut])
-            self.returns += step["rewards"]
+            self.returns += rewards
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.returns[i]))
                 self.returns[i] = 0
@@ -398,7 +402,7 @@ class Run:
         """Add a line to metrics.jsonl."""
         if RANK:
             return
-        row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+        row = {key: None if value != value else round(value, 6) if isinstance(value, float) else value for key, value in row.items()}  # no NaN in JSON
         self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
         self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
 
@@ -472,7 +476,7 @@ def sft_key(config):
 def build_policy(config, model=None):
     """A fresh policy for `config`, its weights from the folder `model` where one is given."""
     torch.manual_seed(config.seed)
-    return VLMPolicy(*load_model(str(model or config.model), config.seed), temperature=config.temperature,
+    return VLMPolicy(*load_model(str(model or config.model), config.seed, config.env), temperature=config.temperature,
                      max_new_tokens=config.max_new_tokens)
 
 
@@ -492,7 +496,7 @@ def plot(rows, references):
     """A matplotlib figure: the learning curve of metrics.jsonl's `rows`, with horizontal lines for the other policies' success rates."""
     from matplotlib.figure import Figure
 
-    rl = [row for row in rows if row["stage"] == "rl"]
+    rl = [row for row in rows if row["stage"] == "rl" and row["success_rate"] is not None]  # None: no episode ended
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["env_steps"] for row in rl], [100 * row["success_rate"] for row in rl], color="#28518f", label="RL, training episodes")
