@@ -25,10 +25,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig,  # noqa: E402
+                          LlavaForConditionalGeneration, LlavaProcessor)
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from prompts import CARD_TASKS, action_start, corpus  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
 
@@ -81,6 +84,12 @@ class VLMPolicy(nn.Module):
         forbidden[list(self.eos)] = 0
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
         self.chat = lru_cache(maxsize=4096)(self._chat)
+        self.checkpointed = []  # layers whose activations are computed again in the backward pass
+
+    def checkpoint_gradients(self):
+        """Trade time for memory: keep no activations inside the layers. (Only they are in training mode, and only in `evaluate`.)"""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.checkpointed = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def _keep_hidden(self, module, args):
         self.hidden = args[0]
@@ -89,6 +98,10 @@ class VLMPolicy(nn.Module):
         """Freeze the model and put a fresh LoRA on all linear layers of vision tower, projector and language model."""
         self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0,
                                                            target_modules="all-linear")).eval()
+
+    def merge_lora(self):
+        """Add the adapter to the weights below it, for good: the SFT of a large model ends so."""
+        self.model = self.model.merge_and_unload().eval()
 
     def save(self, directory):
         """Write the adapter and the value head to `directory`, as safetensors."""
@@ -126,7 +139,7 @@ class VLMPolicy(nn.Module):
             rows = [x[key] for x in inputs]
             fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
             batch[key] = pad_sequence([row[0] for row in rows], True, fill, "left") if key in text else torch.cat(rows)
-            batch[key] = batch[key].to(self.model.device)
+            batch[key] = batch[key].to(self.model.device, self.model.dtype if batch[key].is_floating_point() else None)
         return batch
 
     def demonstrate(self, images, prompts, texts):
@@ -170,6 +183,8 @@ class VLMPolicy(nn.Module):
         n, mask = len(inputs), batch["attention_mask"]
         output = self.model(**batch, use_cache=True, logits_to_keep=1)
         values = self.value_of_last_token().tolist()
+        # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many, a row, and forgets to use it.
+        shift = next((s for m in self.model.modules() if (s := getattr(m, "rope_deltas", None)) is not None), None)
         tokens = torch.zeros(n, self.max_new_tokens, dtype=torch.long)
         logps = torch.zeros(n, self.max_new_tokens)
         lengths = torch.zeros(n, dtype=torch.long)
@@ -189,9 +204,12 @@ class VLMPolicy(nn.Module):
                 keep = writing.nonzero()[:, 0]
                 rows, token, mask = rows[keep], token[keep.to(token.device)], mask[keep.to(mask.device)]
                 output.past_key_values.batch_select_indices(keep.to(token.device))
+                shift = shift if shift is None else shift[keep.to(shift.device)]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            # Three coordinates a token, the same for text.
+            places = {} if shift is None else {"position_ids": (mask.sum(1, keepdim=True) - 1 + shift).expand(3, -1, -1)}
             output = self.model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values,
-                                use_cache=True)
+                                use_cache=True, **places)
         lengths[lengths == 0] = self.max_new_tokens
         answers = [self._answer(inputs[i], tokens[i, :lengths[i]].clone()) for i in range(n)]
         for answer, logp, value in zip(answers, logps.double(), values):
@@ -210,8 +228,12 @@ class VLMPolicy(nn.Module):
         extra = {"input_ids": tokens, "attention_mask": (place < length).long()}
         batch = {key: torch.cat([x, extra.get(key, torch.zeros_like(tokens))], 1) if x.shape == batch["input_ids"].shape
                  else x for key, x in batch.items()}
+        for layer in self.checkpointed:
+            layer.training = torch.is_grad_enabled()
         # Logits for the answer only; the first kept place is the prompt's last token, which the value head reads.
         logits = self.model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+        for layer in self.checkpointed:
+            layer.training = False
         logp_all = self.log_probs(logits)
         logp = logp_all.gather(2, tokens[..., None])[..., 0].masked_fill(place >= length, 0)
         with torch.no_grad():
@@ -224,11 +246,30 @@ class VLMPolicy(nn.Module):
 # Models
 
 
-def load_model(name, seed=0, task=None):
-    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; task: the embedded one's words."""
+def load_model(name, seed=0, task=None, image_tiles="one", device="cpu", dtype=torch.float32):
+    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; task: the embedded one's words.
+
+    image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole alone,
+    as the paper does: 576 tokens instead of up to 2,880. Weights are read from safetensors, and no code that comes with them is run.
+    """
     if name == "tiny":
-        return build_tiny(seed, CARD_TASKS if task in (None, *CARD_TASKS) else [task])
-    return AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
+        model, processor = build_tiny(seed, CARD_TASKS if task in (None, *CARD_TASKS) else [task])
+        return model.to(device, dtype), processor
+    config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    kwargs = dict(dtype=dtype, use_safetensors=True)
+    if config.model_type == "llava_next" and image_tiles == "one":
+        # The same weights and words in LLaVA-1.5's class, which knows no tiles. The games' pictures are square: nothing to pad.
+        keys = ("vision_config", "text_config", "image_token_id", "projector_hidden_act", "vision_feature_select_strategy",
+                "vision_feature_layer", "multimodal_projector_bias")
+        config = LlavaConfig(**{key: getattr(config, key) for key in keys})
+        size, images = config.vision_config.image_size, processor.image_processor
+        processor = LlavaProcessor(
+            CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False, resample=images.resample,
+                                  image_mean=images.image_mean, image_std=images.image_std),
+            processor.tokenizer, patch_size=config.vision_config.patch_size, chat_template=processor.chat_template,
+            vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1)
+        return LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs).to(device), processor
+    return AutoModelForImageTextToText.from_pretrained(name, **kwargs).to(device), processor
 
 
 CHAT_TEMPLATE = (
@@ -244,9 +285,7 @@ def build_tiny(seed=0, tasks=CARD_TASKS):
     a LLaVA of 7 B parameters runs.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                              MistralConfig, PreTrainedTokenizerFast)
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import CLIPVisionConfig, MistralConfig, PreTrainedTokenizerFast
 
     texts = corpus(tasks)
     tokenizer = Tokenizer(models.BPE())

@@ -22,10 +22,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -40,16 +42,17 @@ from ppo import Rollout, gather, ppo_update, sum_gradients
 # Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
     "paper": dict(
-        cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
+        image_tiles="one", sft_lora=True, gradient_checkpointing=True, cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
         lr_end=1e-9, adam_eps=1e-7, target_kl=None, kl_coef=0.0, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
         temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
         sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_restart=0.0, demo_noise=0.5),
     "tiny": dict(
-        cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
+        image_tiles="one", sft_lora=False, gradient_checkpointing=False, cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
         lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
         temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_restart=0.0, demo_noise=0.75),
@@ -88,6 +91,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to train")
     add("--env", "the task", choices=env.GAMES)
     add("--model", "tiny (built in), a model of the hub, or a folder")
+    add("--image-tiles", "LLaVA-1.6: one tile, as in the paper, or the library's tiling", choices=["one", "anyres"])
+    add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
+    add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]", choices=["bfloat16", "float32"])
     add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability", type=rate)
     add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
     add("--seed", "fixes the run", type=env.natural_int)
@@ -119,10 +125,12 @@ def parse_args(argv=None):
     add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
     add("--lora-rank", "rank of the adapter", type=size)
     add("--lora-alpha", "scale of the adapter, over its rank", type=size)
+    add("--gradient-checkpointing", "keep no activations inside the layers: less memory, a third more time", action=argparse.BooleanOptionalAction)
 
     group = parser.add_argument_group("SFT")
     add("--sft-steps", "optimiser steps", type=size)
     add("--sft-batch", "demonstrations a step", type=size)
+    add("--sft-lora", "train an adapter and merge it, instead of all weights", action=argparse.BooleanOptionalAction)
     add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
     add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, come first", type=rate)
     add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
@@ -142,7 +150,9 @@ def parse_args(argv=None):
     if "env" not in given:
         parser.error(f"--env is needed, one of {', '.join(env.GAMES)}")
     preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
-    config = DEFAULTS | PRESETS[preset] | TASK_PRESETS.get((preset, given["env"]), {}) | {"preset": preset} | given
+    device = given.get("device", "cpu" if preset == "tiny" else BEST_DEVICE)  # the embedded model is too small for a GPU to help
+    placed = {"device": device, "dtype": "bfloat16" if device == "cuda" and preset == "paper" else "float32"}
+    config = DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, given["env"]), {}) | {"preset": preset} | given
     if config["rollout_steps"] % config["num_envs"]:
         parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
     for name in ("num_envs", "minibatch", "sft_batch"):
@@ -185,7 +195,7 @@ def sft(policy, config, run):
     name, n = config.env, config.sft_batch // RANKS
     rng = np.random.default_rng(config.seed + 100_003 * RANK)
     games = env.Games(name, n, config.seed + 100_003 * RANK)
-    parameters = list(policy.model.parameters())
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
     start = 0
@@ -465,19 +475,50 @@ class Run:
 
 def sft_key(config):
     """Name of the SFT weights in the cache: a digest of every setting and every line of code they depend on."""
-    settings = {key: value for key, value in vars(config).items()
-                if key in ("env", "model", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise")}
+    lora = ("lora_rank", "lora_alpha") if config.sft_lora else ()
+    settings = {key: getattr(config, key) for key in (
+        "env", "model", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles", *lora)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
     return f"{config.env}-{digest.hexdigest()[:12]}"
 
 
-def build_policy(config, model=None):
-    """A fresh policy for `config`, its weights from the folder `model` where one is given."""
+def build_policy(config, weights=None):
+    """A fresh policy for `config`; with the SFT weights, or the SFT adapter merged, of the folder `weights` where one is given."""
     torch.manual_seed(config.seed)
-    return VLMPolicy(*load_model(str(model or config.model), config.seed, config.env), temperature=config.temperature,
-                     max_new_tokens=config.max_new_tokens)
+    adapter = weights and (weights / "adapter_config.json").exists()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
+    policy = VLMPolicy(*load_model(config.model if adapter or not weights else str(weights), config.seed, config.env, config.image_tiles,
+                                   device, getattr(torch, config.dtype)), config.temperature, config.max_new_tokens)
+    if adapter:
+        policy.model = PeftModel.from_pretrained(policy.model, str(weights))
+        policy.merge_lora()
+    if config.gradient_checkpointing:
+        policy.checkpoint_gradients()
+    return policy
+
+
+def memory_plan(policy, config):
+    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict, from the sizes of model, adapter and batches."""
+    _, info = gymnasium.make(env.env_id(config.env)).reset(seed=0)
+    image = np.zeros((env.SIZE, env.SIZE, 3), np.uint8)
+    length = policy.encode(image[None], [prompts.build_prompt(config.env, info)])[0]["input_ids"].shape[1] + config.max_new_tokens
+    text, size = policy.model.config.get_text_config(), policy.model.dtype.itemsize
+    linear = [module for module in policy.model.modules() if isinstance(module, torch.nn.Linear)]
+    adapter = config.lora_rank * sum(module.in_features + module.out_features for module in linear)
+    if not config.sft_lora:  # SFT trains every weight
+        adapter = max(adapter, policy.model.num_parameters())
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = config.num_envs // RANKS * length * text.num_hidden_layers * text.num_key_value_heads * head_size * 2 * size
+    batch = config.microbatch if config.sft_lora else max(config.microbatch, config.sft_batch)
+    # A layer keeps about 34 values a token and unit of width, or only its input; the vocabulary's logits are float32, thrice.
+    kept = text.num_hidden_layers * (2 if config.gradient_checkpointing else 34) + (34 if config.gradient_checkpointing else 0)
+    parts = {"weights": policy.model.num_parameters() * size, "adapter and optimiser": adapter * 16,
+             "activations": batch * length * text.hidden_size * kept * size + batch * config.max_new_tokens * text.vocab_size * 12, "cache": cache}
+    parts = {name: n / 1e9 for name, n in parts.items()}
+    # Sampling and training take turns, so only the larger of the two counts.
+    return parts["weights"] + parts["adapter and optimiser"] + max(parts["activations"], parts["cache"]), parts
 
 
 def load_run(directory, which="rl"):
@@ -520,6 +561,13 @@ def main(argv=None):
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
+    say(f"{config.env}: {config.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
+        + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}")
+    needed, parts = memory_plan(policy, config)
+    say(f"memory expected: {needed:.1f} GB = " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
+    if config.device == "cuda" and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
+        parser.error(f"{needed:.0f} GB do not fit into this card's {there:.0f}: try --gradient-checkpointing, a smaller --microbatch, "
+                     "--num-envs, --lora-rank or --max-new-tokens")
     try:
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights:
@@ -547,12 +595,16 @@ def train(policy, config, run, cached, weights):
     Returns the evaluations, a dict of policy name -> row of metrics.jsonl (None in all processes but the first).
     """
     if not weights:
+        if config.sft_lora:
+            policy.add_lora(config.lora_rank, config.lora_alpha)
         sft(policy, config, run)
         if RANK == 0:
             scratch = Path(f"{cached}.{os.getpid()}")
-            policy.model.save_pretrained(scratch)
+            policy.model.save_pretrained(scratch)  # the adapter alone, where there is one
             policy.processor.save_pretrained(scratch)
             scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
+        if config.sft_lora:
+            policy.merge_lora()
     elif weights == cached:
         say(f"SFT: weights reused from {cached}")
     if RANK == 0 and not (run.out / "sft").exists():
