@@ -12,6 +12,7 @@ dropout in either, both mask the same tokens, and log-probabilities are float32 
 """
 import bisect
 import os
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Answer:
     logp_cot: float = 0.0   # log p(v_tht | o, v_in), summed over tokens
     logp_action: float = 0.0  # log p(v_act | o, v_in, v_tht), summed over tokens
     value: float = 0.0      # V(o, v_in)
+    logps: torch.Tensor | None = None  # log p of each token, float64; None if the answer was given, not sampled
 
 
 @dataclass
@@ -213,7 +215,7 @@ class VLMPolicy(nn.Module):
         lengths[lengths == 0] = self.max_new_tokens
         answers = [self._answer(inputs[i], tokens[i, :lengths[i]].clone()) for i in range(n)]
         for answer, logp, value in zip(answers, logps.double(), values):
-            answer.value = value
+            answer.value, answer.logps = value, logp[:len(answer.tokens)]
             answer.logp_cot = logp[:answer.action_at].sum().item()
             answer.logp_action = logp[answer.action_at:len(answer.tokens)].sum().item()
         return answers
@@ -343,9 +345,11 @@ def main():
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {args.model}: {str(error).splitlines()[0]}")
     answer, = policy.act(image[None], [build_prompt(args.env, info)])
-    pieces = [repr(policy.tokenizer.decode([token]))[1:-1] for token in answer.tokens.tolist()]
-    print("thoughts:", "|".join(pieces[:answer.action_at]))
-    print("action:  ", "|".join(pieces[answer.action_at:]))
+    # Escaped, so that no control character of an answer reaches the terminal; with its log p where that is not near 0.
+    pieces = [ascii(policy.tokenizer.decode([token]))[1:-1] + (f" ({logp:.2f})" if logp < -0.005 else "")
+              for token, logp in zip(answer.tokens.tolist(), answer.logps.tolist())]
+    for name, color, part in (("thoughts", 36, pieces[:answer.action_at]), ("action", 33, pieces[answer.action_at:])):
+        print(f"{name}:", f"\033[{color}m{'|'.join(part)}\033[0m" if sys.stdout.isatty() else "|".join(part))
     print(f"log p(thoughts) {answer.logp_cot:.3f}, log p(action) {answer.logp_action:.3f}, value {answer.value:.3f}")
 
 

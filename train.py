@@ -212,10 +212,13 @@ def sft(policy, config, run):
                    for noise, info in zip(noisy, infos)]
         answers = policy.demonstrate(games.images, [prompts.build_prompt(name, info) for info in infos],
                                      [prompts.demonstration(name, *pair) for pair in zip(infos, actions)])
-        scores = policy.evaluate(answers)
         tokens = gather(torch.tensor([float(sum(len(answer.tokens) for answer in answers))])).sum().item()
-        loss = -(scores.logp_cot + scores.logp_action).sum() / tokens
-        loss.backward()
+        loss = 0.0
+        for i in range(0, n, config.microbatch):
+            scores = policy.evaluate(answers[i: i + config.microbatch])
+            part = -(scores.logp_cot + scores.logp_action).sum() / tokens
+            part.backward()
+            loss += part.item()
         sum_gradients(parameters)
         if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
             raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
@@ -225,8 +228,8 @@ def sft(policy, config, run):
         games.step([action if slip else env.expert_action(name, info)
                     for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < restart)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            run.log(stage="sft", step=step + 1, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
+            bar.set_postfix(loss=f"{loss:.3f}")
+            run.log(stage="sft", step=step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"])
         if (step + 1) % 100 == 0 or step + 1 == config.sft_steps or run.signal:
             run.checkpoint("sft", step + 1, policy, optimizer, step=step + 1, rng=rng.bit_generator.state, games=games.snapshot())
     policy.temperature = config.temperature
@@ -511,11 +514,11 @@ def memory_plan(policy, config):
         adapter = max(adapter, policy.model.num_parameters())
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = config.num_envs // RANKS * length * text.num_hidden_layers * text.num_key_value_heads * head_size * 2 * size
-    batch = config.microbatch if config.sft_lora else max(config.microbatch, config.sft_batch)
     # A layer keeps about 34 values a token and unit of width, or only its input; the vocabulary's logits are float32, thrice.
     kept = text.num_hidden_layers * (2 if config.gradient_checkpointing else 34) + (34 if config.gradient_checkpointing else 0)
     parts = {"weights": policy.model.num_parameters() * size, "adapter and optimiser": adapter * 16,
-             "activations": batch * length * text.hidden_size * kept * size + batch * config.max_new_tokens * text.vocab_size * 12, "cache": cache}
+             "cache": cache,
+             "activations": config.microbatch * (length * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12)}
     parts = {name: n / 1e9 for name, n in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts.
     return parts["weights"] + parts["adapter and optimiser"] + max(parts["activations"], parts["cache"]), parts
