@@ -53,7 +53,8 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
     ALFWorld is played in rooms that training has not seen.
 
     Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose
-    answer named no legal action), episode_length (mean, in steps), seconds; and where the task has several types, by_task_type: type -> [success rate, episodes].
+    answer named no legal action), episode_length (mean, in steps), seconds; and where the task has several types, by_task_type:
+    type -> [success rate, episodes].
     """
     began, n = time.time(), min(num_envs, episodes)
     first = EVAL_SEEDS * (seed + 1)
@@ -115,7 +116,8 @@ def animate(policy, name, episodes, seed, file):
 
     A key-state field or thought that is not what an expert would have said of this state is marked red.
     """
-    games, rng, frames, total = env.Games(name, 1, EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation), np.random.default_rng(seed), [], 0.0
+    games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation), np.random.default_rng(seed)
+    frames, total = [], 0.0
     while episodes:
         info, image = games.infos[0], games.images[0]
         answer, = policy.act(games.images, [prompts.build_prompt(name, info)])
@@ -175,7 +177,8 @@ def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="directory of a training run: evaluates its model")
     parser.add_argument("--env", choices=env.GAMES, help="the task (default: the run's)")
-    parser.add_argument("--policy", choices=["random", "expert", "sft", "rl"], help="whom to evaluate; sft and rl are a run's (default: rl)")
+    parser.add_argument("--policy", choices=["random", "expert", "sft", "rl"],
+                        help="whom to evaluate; sft and rl are a run's (default: rl)")
     parser.add_argument("--episodes", type=env.positive_int, default=1000, help="episodes to play")
     parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
     parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")

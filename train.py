@@ -47,22 +47,27 @@ DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
     "paper": dict(
-        image_tiles="one", sft_lora=True, gradient_checkpointing=True, cot_scale=0.5, env_steps=15000, num_envs=16, rollout_steps=512, epochs=4, minibatch=128, microbatch=1, lr=1e-5,
-        lr_end=1e-9, adam_eps=1e-7, target_kl=None, kl_coef=0.0, clip=0.1, value_clip=0.1, value_coef=0.5, max_grad_norm=0.01, gamma=0.9, gae_lambda=0.95,
-        temperature=0.2, max_new_tokens=256, lora_rank=128, lora_alpha=256,
-        sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_restart=0.0, demo_noise=0.5),
+        cot_scale=0.5, temperature=0.2, max_new_tokens=256, image_tiles="one",
+        env_steps=15000, num_envs=16, rollout_steps=512, gamma=0.9, gae_lambda=0.95,
+        epochs=4, minibatch=128, microbatch=1, clip=0.1, value_clip=0.1, value_coef=0.5, kl_coef=0.0, target_kl=None,
+        lr=1e-5, lr_end=1e-9, adam_eps=1e-7, max_grad_norm=0.01, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
+        sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_lora=True, sft_restart=0.0, demo_noise=0.5),
     "tiny": dict(
-        image_tiles="one", sft_lora=False, gradient_checkpointing=False, cot_scale=0.3, env_steps=15360, num_envs=64, rollout_steps=512, epochs=4, minibatch=64, microbatch=64, lr=3e-4,
-        lr_end=3e-5, adam_eps=1e-7, target_kl=0.02, kl_coef=0.1, clip=0.1, value_clip=1.0, value_coef=0.5, max_grad_norm=0.5, gamma=0.9, gae_lambda=0.95,
-        temperature=0.5, max_new_tokens=96, lora_rank=16, lora_alpha=32,
-        sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_restart=0.0, demo_noise=0.75),
+        cot_scale=0.3, temperature=0.5, max_new_tokens=96, image_tiles="one",
+        env_steps=15360, num_envs=64, rollout_steps=512, gamma=0.9, gae_lambda=0.95,
+        epochs=4, minibatch=64, microbatch=64, clip=0.1, value_clip=1.0, value_coef=0.5, kl_coef=0.1, target_kl=0.02,
+        lr=3e-4, lr_end=3e-5, adam_eps=1e-7, max_grad_norm=0.5, lora_rank=16, lora_alpha=32, gradient_checkpointing=False,
+        sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_lora=False, sft_restart=0.0, demo_noise=0.75),
 }
 TASK_PRESETS = {
     ("tiny", "numberline"): dict(env_steps=6144),
     ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
-    ("tiny", "points24"): dict(demo_noise=0.4, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, temperature=0.2, lr=1e-4, lr_end=1e-5, rollout_steps=1024),
-    ("tiny", "alfworld"): dict(demo_noise=0.5, sft_steps=1500, value_coef=0.0005, temperature=0.3, lr=2e-4, lr_end=2e-5, eval_episodes=300),
+    ("tiny", "points24"): dict(
+        demo_noise=0.4, sft_steps=3000, sft_batch=64, sft_restart=0.5,
+        value_coef=0.01, temperature=0.2, lr=1e-4, lr_end=1e-5, rollout_steps=1024),
+    ("tiny", "alfworld"): dict(
+        demo_noise=0.5, sft_steps=1500, value_coef=0.0005, temperature=0.3, lr=2e-4, lr_end=2e-5, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
     ("paper", "alfworld"): dict(cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
@@ -93,7 +98,8 @@ def parse_args(argv=None):
     add("--model", "tiny (built in), a model of the hub, or a folder")
     add("--image-tiles", "LLaVA-1.6: one tile, as in the paper, or the library's tiling", choices=["one", "anyres"])
     add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
-    add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]", choices=["bfloat16", "float32"])
+    add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]",
+        choices=["bfloat16", "float32"])
     add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability", type=rate)
     add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
     add("--seed", "fixes the run", type=env.natural_int)
@@ -120,26 +126,29 @@ def parse_args(argv=None):
     add("--value-coef", "weight of the value loss", type=_positive)
     add("--max-grad-norm", "gradient clipping", type=_positive)
     add("--target-kl", "end an update early past 1.5 times this approx_kl", type=_positive)
-    add("--kl-coef", "weight of KL(p, p_SFT) of the thoughts: keeps reading and reasoning near what SFT has taught", type=lambda text: _within(text, 0, 1e9))
+    add("--kl-coef", "weight of KL(p, p_SFT) of the thoughts: keeps reading and reasoning near what SFT has taught",
+        type=lambda text: _within(text, 0, 1e9))
     add("--gamma", "discount", type=rate)
     add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
     add("--lora-rank", "rank of the adapter", type=size)
     add("--lora-alpha", "scale of the adapter, over its rank", type=size)
-    add("--gradient-checkpointing", "keep no activations inside the layers: less memory, a third more time", action=argparse.BooleanOptionalAction)
+    add("--gradient-checkpointing", "keep no activations inside the layers: less memory, a third more time",
+        action=argparse.BooleanOptionalAction)
 
     group = parser.add_argument_group("SFT")
     add("--sft-steps", "optimiser steps", type=size)
     add("--sft-batch", "demonstrations a step", type=size)
     add("--sft-lora", "train an adapter and merge it, instead of all weights", action=argparse.BooleanOptionalAction)
     add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
-    add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, come first", type=rate)
+    add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, "
+        "come first", type=rate)
     add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
     given = vars(parser.parse_args(argv))
 
     out, directory = given.pop("out", None), given.pop("resume", None)
     if directory:
         try:
-            config = json.loads((directory / "config.json").read_text())
+            config = complete(json.loads((directory / "config.json").read_text()))
             given_and_kept = [(key, value, config[key]) for key, value in given.items()]
         except (OSError, ValueError, KeyError):
             parser.error(f"{directory} holds no run (no config.json that can be read)")
@@ -150,9 +159,7 @@ def parse_args(argv=None):
     if "env" not in given:
         parser.error(f"--env is needed, one of {', '.join(env.GAMES)}")
     preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
-    device = given.get("device", "cpu" if preset == "tiny" else BEST_DEVICE)  # the embedded model is too small for a GPU to help
-    placed = {"device": device, "dtype": "bfloat16" if device == "cuda" and preset == "paper" else "float32"}
-    config = DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, given["env"]), {}) | {"preset": preset} | given
+    config = complete({"preset": preset} | given)
     if config["rollout_steps"] % config["num_envs"]:
         parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
     for name in ("num_envs", "minibatch", "sft_batch"):
@@ -164,6 +171,14 @@ def parse_args(argv=None):
     if (out / "config.json").exists():
         parser.error(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     return parser, argparse.Namespace(**config), out
+
+
+def complete(config):
+    """The dict `config`, with `env` and `preset`, and the defaults of all that it leaves out."""
+    preset = config["preset"]
+    device = config.get("device", "cpu" if preset == "tiny" else BEST_DEVICE)  # the embedded model is too small for a GPU to help
+    placed = {"device": device, "dtype": "bfloat16" if device == "cuda" and preset == "paper" else "float32"}
+    return DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, config["env"]), {}) | config
 
 
 def _within(text, low, high):
@@ -288,8 +303,9 @@ class Collector:
         terminated, truncated = tensors[4:]
         following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
         next_values = torch.where(truncated, next_values, following)
-        totals = torch.tensor([[len(episodes), sum(s for s, _ in episodes), sum(r for _, r in episodes), illegal, steps * n]], dtype=torch.float64)
-        count, success, total_return, illegal, played = gather(totals).reshape(RANKS, -1).sum(0).tolist()
+        totals = [len(episodes), sum(s for s, _ in episodes), sum(r for _, r in episodes), illegal, steps * n]
+        totals = gather(torch.tensor([totals], dtype=torch.float64)).reshape(RANKS, -1).sum(0)
+        count, success, total_return, illegal, played = totals.tolist()
         sft_logp_cot = self.sft_logp_cot(answers).reshape(logp_cot.shape) if self.config.kl_coef else None
         return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, sft_logp_cot),
                 {"episodes": int(count), "success_rate": success / count if count else math.nan,
@@ -323,7 +339,8 @@ def reinforce(policy, config, run):
     if not first:
         checkpoint(0)
     updates, began = config.env_steps // config.rollout_steps, time.time()
-    with tqdm(total=updates * config.rollout_steps, initial=first * config.rollout_steps, desc="PPO", unit="step", disable=RANK > 0 or None) as bar:
+    with tqdm(desc="PPO", total=updates * config.rollout_steps, initial=first * config.rollout_steps, unit="step",
+              disable=RANK > 0 or None) as bar:
         for update in range(first, updates):
             optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
@@ -415,7 +432,8 @@ class Run:
         """Add a line to metrics.jsonl."""
         if RANK:
             return
-        row = {key: None if value != value else round(value, 6) if isinstance(value, float) else value for key, value in row.items()}  # no NaN in JSON
+        row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+        row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
         self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
 
@@ -529,7 +547,7 @@ def load_run(directory, which="rl"):
 
     Raises OSError or ValueError where the directory holds no finished run.
     """
-    config = json.loads((directory / "config.json").read_text())
+    config = complete(json.loads((directory / "config.json").read_text()))
     policy = build_policy(argparse.Namespace(**config), directory / "sft")
     if which == "rl":
         policy.load(directory)
@@ -564,7 +582,7 @@ def main(argv=None):
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
-    say(f"{config.env}: {config.model} ({sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
+    say(f"{config.env}: {config.model} ({policy.model.num_parameters() / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
         + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}")
     needed, parts = memory_plan(policy, config)
     say(f"memory expected: {needed:.1f} GB = " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
@@ -616,7 +634,8 @@ def train(policy, config, run, cached, weights):
 
     def assess(name, agent):
         if RANK == 0:  # the others wait at the next gather
-            run.log(stage="eval", policy=name, **evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}"))
+            result = evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}")
+            run.log(stage="eval", policy=name, **result)
             if run.signal:
                 raise SystemExit(128 + run.signal)
 
