@@ -64,8 +64,7 @@ TASK_PRESETS = {
     ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
     ("tiny", "points24"): dict(
-        demo_noise=0.4, sft_steps=3000, sft_batch=64, sft_restart=0.5,
-        value_coef=0.01, temperature=0.2, lr=1e-4, lr_end=1e-5, rollout_steps=1024),
+        demo_noise=0.2, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, temperature=0.2, lr=2e-4, lr_end=2e-5),
     ("tiny", "alfworld"): dict(
         demo_noise=0.5, sft_steps=1500, value_coef=0.0005, temperature=0.3, lr=2e-4, lr_end=2e-5, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
