@@ -363,6 +363,10 @@ def reinforce(policy, config, run):
 # Runs on disk
 
 
+class Refused(Exception):
+    """What a user can mend, said in one line; any other exception is a bug and keeps its traceback."""
+
+
 class Run:
     """A run directory: metrics, checkpoints, one process at a time. Use it as a context manager.
 
@@ -486,7 +490,7 @@ class Run:
                 moments.setdefault(int(i), {})[name] = x
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         if len(self.state["ranks"]) != RANKS:
-            raise ValueError(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
+            raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
         torch.set_rng_state(tensors[f"random.{RANK}"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors[f"random.cuda.{RANK}"])
@@ -581,23 +585,23 @@ def main(argv=None):
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
-    say(f"{config.env}: {config.model} ({policy.model.num_parameters() / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
-        + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}")
     needed, parts = memory_plan(policy, config)
-    say(f"memory expected: {needed:.1f} GB = " + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
     if config.device == "cuda" and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
         parser.error(f"{needed:.0f} GB do not fit into this card's {there:.0f}: try --gradient-checkpointing, a smaller --microbatch, "
                      "--num-envs, --lora-rank or --max-new-tokens")
     try:
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights:
-                raise ValueError(f"{out / 'sft'} is missing")
+                raise Refused(f"{out / 'sft'} is missing")
+            say(f"{config.env}: {config.model} ({policy.model.num_parameters() / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
+                + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}\nmemory expected: {needed:.1f} GB = "
+                + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
             return train(policy, config, run, cached, weights)
     except Timeout:
         parser.error(f"another process is training in {out}")
     except OSError as error:
         parser.error(f"{error.filename or out}: {error.strerror or error}")
-    except (ValueError, SafetensorError) as error:
+    except (Refused, SafetensorError) as error:
         parser.error(str(error).splitlines()[0])
     except FloatingPointError as error:
         parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
