@@ -1035,12 +1035,12 @@ class Games:
 
     options: for the environment, such as split="unseen".
 
-    images (N, 300, 300, 3) uint8, infos: list of N dicts. Both are the states to act in next.
+    images (N, 300, 300, 3) uint8, overwritten by the next step; infos: list of N dicts. Both are the states to act in next.
     """
 
     def __init__(self, name, num_envs, seed, **options):
         # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
-        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name), **options)] * num_envs, autoreset_mode="Disabled")
+        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name), **options)] * num_envs, copy=False, autoreset_mode="Disabled")
         images, infos = self.vector.reset(seed=seed)
         self.images, self.infos = images, split_info(infos)
 
@@ -1048,15 +1048,16 @@ class Games:
         """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an iterator),
         or where `restart` (N,) says so.
 
-        Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), images, infos.
+        Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), infos, and
+        last_images: index of a game that ended -> its last picture.
         """
         indices = np.array([info["legal_actions"].index(action) for info, action in zip(self.infos, actions)])
         images, rewards, terminated, truncated, infos = self.vector.step(indices)
-        step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "images": images, "infos": split_info(infos)}
-        self.images, self.infos, over = images, list(step["infos"]), terminated | truncated | restart
+        step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "infos": split_info(infos),
+                "last_images": {i: images[i].copy() for i in np.flatnonzero(terminated | truncated)}}
+        self.infos, over = list(step["infos"]), terminated | truncated | restart
         if over.any():
-            self.images, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over],
-                                                   options={"reset_mask": over})
+            _, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over], options={"reset_mask": over})
             infos = split_info(infos)
             for i in np.flatnonzero(over):
                 self.infos[i] = infos[i]
@@ -1067,7 +1068,7 @@ class Games:
 
     def restore(self, snapshots):
         images, self.infos = zip(*(game.unwrapped.restore(kept) for game, kept in zip(self.vector.envs, snapshots)))
-        self.images, self.infos = np.stack(images), list(self.infos)
+        self.images[:], self.infos = np.stack(images), list(self.infos)
 
 
 def split_info(infos):

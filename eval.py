@@ -134,7 +134,7 @@ def animate(policy, name, episodes, seed, file):
         end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}" if over else ""
         frames.append((_frame(image, said, f"value {answer.value:+.2f}", "" if was_legal else f"no legal action: plays {action}"), 1600))
         if over:
-            frames.append((_frame(step["images"][0], {}, f"reward {step['rewards'][0]:+.0f}", end), 2400))
+            frames.append((_frame(step["last_images"][0], {}, f"reward {step['rewards'][0]:+.0f}", end), 2400))
             episodes, total = episodes - 1, 0.0
     pictures, durations = zip(*frames)
     pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)

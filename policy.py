@@ -11,23 +11,28 @@ dropout in either, both mask the same tokens, and log-probabilities are float32 
 `python policy.py` lets the model answer one picture.
 """
 import bisect
+import math
 import os
 import sys
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig,  # noqa: E402
                           LlavaForConditionalGeneration, LlavaProcessor)
+from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
@@ -57,6 +62,32 @@ class Scores:
     logp_action: torch.Tensor
     value: torch.Tensor
     entropy: torch.Tensor  # mean over the answer's tokens, in nats; no gradient
+
+
+def sample(logp):
+    """Draw one index a row from log-probabilities (N, vocabulary); returns (N, 1)."""
+    if logp.device.type != "cpu":
+        return torch.multinomial(logp.exp(), 1)
+    # `multinomial` takes a random number a word; one a row does, by the inverse of the distribution function.
+    above = logp.exp().double().cumsum(-1)
+    return torch.searchsorted(above, torch.rand_like(above[:, :1]) * above[:, -1:], right=True)
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of one layer, with room for those to come: the library copies all of them at every token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = torch.empty(2, 0, 0, 0, 0)
+        n, m = self.get_seq_length(), key_states.shape[2]
+        if self.room.shape[1] != len(key_states) or self.room.shape[3] < n + m:
+            self.room = key_states.new_empty(2, *key_states.shape[:2], n + m + 32, key_states.shape[3])
+            if n:
+                self.room[:, :, :, :n] = torch.stack([self.keys, self.values])
+        self.room[0, :, :, n: n + m], self.room[1, :, :, n: n + m] = key_states, value_states
+        self.keys, self.values = self.room[:, :, :, :n + m]
+        return self.keys, self.values
 
 
 class VLMPolicy(nn.Module):
@@ -101,6 +132,24 @@ class VLMPolicy(nn.Module):
         self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0,
                                                            target_modules="all-linear")).eval()
 
+    @contextmanager
+    def merged(self):
+        """The adapter added to the weights for a while, bit for bit as before afterwards: sampling makes one product, not three.
+
+        In float32 only, where the sums differ by rounding: in bfloat16 the policy that sampled would not be the one that is scored.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 else []
+        kept = [layer.base_layer.weight.data for layer in layers]
+        try:
+            for layer, weight in zip(layers, kept):
+                layer.base_layer.weight.data = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+                layer.merged_adapters.extend(layer.active_adapters)
+            yield
+        finally:
+            for layer, weight in zip(layers, kept):
+                layer.base_layer.weight.data = weight
+                layer.merged_adapters.clear()
+
     def merge_lora(self):
         """Add the adapter to the weights below it, for good: the SFT of a large model ends so."""
         self.model = self.model.merge_and_unload().eval()
@@ -121,9 +170,19 @@ class VLMPolicy(nn.Module):
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
+    def shrink(self, images):
+        """Pictures larger than the processor will make them, all at once, which takes a third of its time one by one."""
+        size = self.processor.image_processor.size
+        height, width = (size[key] if key in size else math.inf for key in ("height", "width"))
+        if height >= images.shape[1] or width >= images.shape[2]:
+            return images
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        return interpolate(pixels, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+
     def encode(self, images, prompts):
         """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
         texts = [self.chat(prompt) for prompt in prompts]
+        images = self.shrink(images)
         bos = self.tokenizer.bos_token
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
                                add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
@@ -181,9 +240,21 @@ class VLMPolicy(nn.Module):
     def act(self, images, prompts):
         """Sample an answer to each of N pictures and prompts; returns a list of N `Answer`."""
         inputs = self.encode(images, prompts)
-        batch = self.collate(inputs)
-        n, mask = len(inputs), batch["attention_mask"]
-        output = self.model(**batch, use_cache=True, logits_to_keep=1)
+        with self.merged():
+            tokens, logps, lengths, values = self._generate(self.collate(inputs))
+        answers = [self._answer(x, row[:length].clone()) for x, row, length in zip(inputs, tokens, lengths)]
+        for answer, logp, value in zip(answers, logps.double(), values):
+            answer.value, answer.logps = value, logp[:len(answer.tokens)]
+            answer.logp_cot = logp[:answer.action_at].sum().item()
+            answer.logp_action = logp[answer.action_at:len(answer.tokens)].sum().item()
+        return answers
+
+    def _generate(self, batch):
+        """Sample token by token: (tokens, their log-probabilities, both (N, max_new_tokens), lengths (N,), list of N values)."""
+        n, mask = len(batch["input_ids"]), batch["attention_mask"]
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         values = self.value_of_last_token().tolist()
         # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many, a row, and forgets to use it.
         shift = next((s for m in self.model.modules() if (s := getattr(m, "rope_deltas", None)) is not None), None)
@@ -194,7 +265,7 @@ class VLMPolicy(nn.Module):
         eos = torch.tensor(sorted(self.eos))
         for t in range(self.max_new_tokens):
             logp = self.log_probs(output.logits[:, -1])
-            token = torch.multinomial(logp.exp(), 1)
+            token = sample(logp)
             tokens[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
             writing = lengths[rows] == 0
             done = torch.isin(tokens[rows, t], eos) & writing
@@ -213,12 +284,7 @@ class VLMPolicy(nn.Module):
             output = self.model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values,
                                 use_cache=True, **places)
         lengths[lengths == 0] = self.max_new_tokens
-        answers = [self._answer(inputs[i], tokens[i, :lengths[i]].clone()) for i in range(n)]
-        for answer, logp, value in zip(answers, logps.double(), values):
-            answer.value, answer.logps = value, logp[:len(answer.tokens)]
-            answer.logp_cot = logp[:answer.action_at].sum().item()
-            answer.logp_action = logp[answer.action_at:len(answer.tokens)].sum().item()
-        return answers
+        return tokens, logps, lengths, values
 
     def evaluate(self, answers):
         """Score a list of `Answer` again, each under its own picture and prompt; returns `Scores`."""
@@ -305,7 +371,7 @@ def build_tiny(seed=0, tasks=CARD_TASKS):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
                                         eos_token="</s>", additional_special_tokens=["<image>"])
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"height": 100, "width": 100}, do_center_crop=False, resample=4), tokenizer,
+        CLIPImageProcessorPil(size={"height": 100, "width": 100}, do_center_crop=False, resample=2), tokenizer,
         patch_size=20, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE)
     config = LlavaConfig(

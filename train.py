@@ -289,7 +289,7 @@ class Collector:
                          rewards, step["terminated"], step["truncated"]))
             cut = np.flatnonzero(step["truncated"] & ~step["terminated"])
             if len(cut):
-                next_values[t, cut] = self.values(step["images"][cut], [step["infos"][i] for i in cut])
+                next_values[t, cut] = self.values(np.stack([step["last_images"][i] for i in cut]), [step["infos"][i] for i in cut])
             self.returns += rewards
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.returns[i]))

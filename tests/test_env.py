@@ -214,7 +214,8 @@ def test_games_go_on_exactly_from_a_snapshot(name):
     rng = np.random.default_rng(0)
 
     def step(games):
-        return games.step([info["legal_actions"][i % len(info["legal_actions"])] for info, i in zip(games.infos, rng.integers(99, size=4))])
+        done = games.step([info["legal_actions"][i % len(info["legal_actions"])] for info, i in zip(games.infos, rng.integers(99, size=4))])
+        return done | {"images": games.images.copy()}
 
     games = env.Games(name, 4, seed=0)
     for _ in range(3):

@@ -6,7 +6,7 @@ import torch
 
 import env
 import prompts
-from policy import VLMPolicy, load_model
+from policy import LoraLayer, VLMPolicy, load_model, sample
 
 torch.set_num_threads(1)
 
@@ -80,6 +80,22 @@ def test_special_tokens_are_never_sampled(policy):
         logp = policy.log_probs(torch.full((1, model.config.text_config.vocab_size), 0.0).index_fill(1, torch.tensor([image]), 1e4))
     assert logp[0, image] == -torch.inf and torch.isfinite(logp[0, list(policy.eos)]).all()
     assert torch.isclose(logp.exp().sum(), torch.tensor(1.0))
+
+
+def test_sampling_follows_the_probabilities():
+    torch.manual_seed(0)
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = torch.bincount(sample(p.log().expand(100_000, -1))[:, 0], minlength=6) / 100_000
+    assert (drawn[p == 0] == 0).all() and (drawn - p).abs().max() < 0.01
+
+
+def test_merging_for_a_while_leaves_no_trace(policy):
+    before = {name: x.clone() for name, x in policy.state_dict().items()}
+    layer = next(m for m in policy.modules() if isinstance(m, LoraLayer))
+    with policy.merged():
+        assert not torch.equal(layer.base_layer.weight, before[next(n for n, m in policy.named_modules() if m is layer) + ".base_layer.weight"])
+        assert layer.merged
+    assert not layer.merged and all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
 @pytest.mark.parametrize("name", env.GAMES)
