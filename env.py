@@ -24,7 +24,7 @@ import tempfile
 import zlib
 from collections import Counter
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,11 +108,13 @@ def card_picture(card, width):
 
 
 def draw_cards(picture, cards, x, y, pitch):
-    """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer where they would not fit."""
+    """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer where they would not fit; returns their boxes."""
     pitch = min(pitch, (SIZE - x) // len(cards))
+    width = pitch - max(pitch // 12, 2)
     for i, card in enumerate(cards):
-        art = card_picture(card, pitch - max(pitch // 12, 2))
+        art = card_picture(card, width)
         picture.paste(art, (x + i * pitch, y), art)
+    return [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -222,19 +224,23 @@ def card_number(card):
 class Game(gym.Env):
     """A game played with short text actions; a subclass writes `deal`, `play`, `state` and `draw`.
 
+    obs: "image"; "marked", boxes and labels around what matters in it; or "text", a grey picture (the prompt tells the state).
+
     Raises what Gymnasium raises: `ResetNeeded` before the first reset and after the end, `InvalidAction` for
     an action outside the action space.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
+    name: str       # of the task, a key of GAMES
     actions: tuple  # of str
     illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
     evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
+    marks = ()       # what matters in the picture that was drawn last, as pairs of a label and a box (left, top, right, bottom)
 
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
+    def __init__(self, render_mode=None, obs="image"):
+        self.render_mode, self.obs = render_mode, obs
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.actions))
-        self.fixed = {*vars(self), "fixed", "spec"}  # the rest belongs to the episode
+        self.fixed = {*vars(self), "fixed", "spec", "marks"}  # the rest belongs to the episode
         self.over = True
 
     def deal(self):
@@ -278,11 +284,19 @@ class Game(gym.Env):
         return self.render(), float(reward), terminated, truncated, self._info()
 
     def _info(self):
-        return {"legal_actions": self.legal_actions(), "success": bool(self.over and self.episode_return > 0),
+        return {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(), "success": bool(self.over and self.episode_return > 0),
                 **self.state()}
 
     def render(self):
-        return np.asarray(self.draw(), np.uint8).copy()
+        if self.obs == "text":
+            return np.full((SIZE, SIZE, 3), 128, np.uint8)
+        picture = self.draw()
+        if self.obs == "marked" and self.marks:
+            picture = picture.copy()  # some pictures are kept
+            for label, box in self.marks:
+                ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
+                draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
+        return np.asarray(picture, np.uint8).copy()
 
     def snapshot(self):
         """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""
@@ -307,7 +321,7 @@ class NumberLineEnv(Game):
     Reward +1 on reaching the target, -1 for a step that does not come closer, else 0. Truncated after 10 steps.
     State: `target`, `current` (int).
     """
-    actions = ("+", "-")
+    name, actions = "numberline", ("+", "-")
 
     def deal(self):
         self.target, self.current = map(int, self.np_random.choice(6, 2, replace=False))
@@ -327,6 +341,8 @@ class NumberLineEnv(Game):
     @staticmethod
     def expert(info):
         return "+" if info["target"] > info["current"] else "-"
+
+    marks = (("target", (206, 44, 274, 136)), ("current", (206, 164, 274, 256)))
 
     def draw(self):
         return self._draw(self.target, self.current)
@@ -385,7 +401,8 @@ class PointsGame(Game):
     def draw(self):
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
         pitch = min(120, (SIZE - 4) // len(self.cards))
-        draw_cards(picture, self.cards, (SIZE - pitch * len(self.cards)) // 2 + pitch // 24, 40, pitch)
+        boxes = draw_cards(picture, self.cards, (SIZE - pitch * len(self.cards)) // 2 + pitch // 24, 40, pitch)
+        self.marks = [*((f"card {i}", box) for i, box in enumerate(boxes, 1)), ("formula", (10, 236, SIZE - 10, 288))]
         ImageDraw.Draw(picture).rounded_rectangle([10, 236, SIZE - 10, 288], 10, "#f4f1ea")
         draw_text(picture, "".join(self.formula) or f"make {self.target}", (SIZE // 2, 262), 36,
                   "#101820" if self.formula else "#a09a8c", SIZE - 32)
@@ -394,7 +411,7 @@ class PointsGame(Game):
 
 class EZPointsEnv(PointsGame):
     __doc__ = "Two cards, 12 points, entries 1..10 + * =. Every hand can be solved.\n\n" + PointsGame.__doc__
-    actions = (*NUMBERS, "+", "*", "=")
+    name, actions = "ezpoints", (*NUMBERS, "+", "*", "=")
     target, max_entries = 12, 5
 
     def deal_ranks(self):
@@ -406,7 +423,7 @@ class EZPointsEnv(PointsGame):
 
 class Points24Env(PointsGame):
     __doc__ = "Four cards, 24 points; some hands have no solution.\n\n" + PointsGame.__doc__
-    actions = (*NUMBERS, "+", "-", "*", "/", "(", ")", "=")
+    name, actions = "points24", (*NUMBERS, "+", "-", "*", "/", "(", ")", "=")
     target, max_entries = 24, 20
 
     def deal_ranks(self):
@@ -456,7 +473,7 @@ class BlackjackEnv(Game):
     Reward +1 / 0 / -1 for a win, a draw, a loss. State: `player` (cards such as "10H"), `player_total` (an
     ace counts 11 where that does not bust), `dealer_card`.
     """
-    actions = ("stand", "hit")
+    name, actions = "blackjack", ("stand", "hit")
 
     def deal(self):
         self.player, self.dealer = self._draw_cards(2), self._draw_cards(2)
@@ -493,8 +510,9 @@ class BlackjackEnv(Game):
     def draw(self):
         picture = self._table().copy()
         # While the player plays, the dealer's second card lies face down.
-        draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
-        draw_cards(picture, self.player, 2, 186, 60)
+        dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
+        player = draw_cards(picture, self.player, 2, 186, 60)
+        self.marks = [("dealer", dealer[0]), *((f"you {i}", box) for i, box in enumerate(player, 1))]
         return picture
 
     @staticmethod
@@ -701,18 +719,18 @@ class ALFWorldEnv(Game):
     front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from the
     expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
     """
-    actions = ("",) * 256  # at most so many; they change
+    name, actions = "alfworld", ("",) * 256  # at most so many; they change
     illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
     games = {"train": 200, "unseen": 50}  # built-in games a type of task
 
-    def __init__(self, render_mode=None, split="train"):
+    def __init__(self, render_mode=None, obs="image", split="train"):
         data = os.environ.get("ALFWORLD_DATA")
         if split not in (splits := SPLITS if data else self.games):
             raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{'' if data else ' (without ALFWORLD_DATA)'}")
         self.split, self.data = split, data and Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
         self.names = data_set(self.data) if data else {kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
         alfworld_engine()
-        super().__init__(render_mode)
+        super().__init__(render_mode, obs)
         self.action_space = LegalIndices(len(self.actions))
 
     def deal(self):
@@ -1014,8 +1032,7 @@ def game_cache():
         return Path(tempfile.gettempdir()) / folder.name
 
 
-GAMES = {"numberline": NumberLineEnv, "ezpoints": EZPointsEnv, "points24": Points24Env, "blackjack": BlackjackEnv,
-         "alfworld": ALFWorldEnv}
+GAMES = {game.name: game for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldEnv)}
 for game in GAMES.values():
     gym.register(f"GymCards/{game.__name__.removesuffix('Env')}-v0", entry_point=game)
 
@@ -1025,22 +1042,31 @@ def env_id(name):
     return f"GymCards/{GAMES[name].__name__.removesuffix('Env')}-v0"
 
 
-def expert_action(name, info):
-    """The expert's action (str) for the task `name` in the state of `info`."""
-    return GAMES[name].expert(info)
+def expert_action(info):
+    """The expert's action (str) in the state of `info`."""
+    return GAMES[info["env"]].expert(info)
 
 
 class Games:
     """`num_envs` games of the task `name` in lockstep, behind Gymnasium's vector API; each begins anew when it ends.
 
-    options: for the environment, such as split="unseen".
+    name: of one task, or several with commas between them, which take turns. evaluation: play what is kept for evaluation.
 
     images (N, 300, 300, 3) uint8, overwritten by the next step; infos: list of N dicts. Both are the states to act in next.
     """
 
-    def __init__(self, name, num_envs, seed, **options):
+    def __init__(self, name, num_envs, seed, obs="image", evaluation=False):
+        kinds = [GAMES[kind] for kind in name.split(",")]
+
+        def make(i):
+            game = gym.make(env_id(kinds[i].name), obs=obs, **kinds[i].evaluation if evaluation else {})
+            if len(kinds) > 1:  # a vector wants equal action spaces
+                game.action_space = gym.spaces.Discrete(max(len(kind.actions) for kind in kinds))
+            return game
+
         # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
-        self.vector = gym.vector.SyncVectorEnv([lambda: gym.make(env_id(name), **options)] * num_envs, copy=False, autoreset_mode="Disabled")
+        self.vector = gym.vector.SyncVectorEnv([partial(make, i % len(kinds)) for i in range(num_envs)], copy=False,
+                                               autoreset_mode="Disabled")
         images, infos = self.vector.reset(seed=seed)
         self.images, self.infos = images, split_info(infos)
 
@@ -1074,7 +1100,7 @@ class Games:
 def split_info(infos):
     """The vector API's dict of arrays as a list of N dicts."""
     plain = {key: values.tolist() for key, values in infos.items() if key[0] != "_"}
-    return [dict(zip(plain, row)) for row in zip(*plain.values())]
+    return [{key: values[i] for key, values in plain.items() if infos[f"_{key}"][i]} for i in range(len(infos["_env"]))]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1126,7 +1152,7 @@ def main():
             parser.error(f"cannot write {args.picture}: {error}")
         show(image) if sys.stdout.isatty() else print(f"picture: {args.picture}")
         try:
-            action = input(f"your action ({', '.join(info['legal_actions'])}; the expert plays {expert_action(args.env, info)}): ").strip()
+            action = input(f"your action ({', '.join(info['legal_actions'])}; the expert plays {expert_action(info)}): ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
         if action not in info["legal_actions"]:

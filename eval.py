@@ -5,6 +5,7 @@
 
 An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
 """
+import argparse
 import itertools
 import json
 import math
@@ -27,15 +28,15 @@ def random_agent(rng):
     return lambda images, infos: [(str(rng.choice(info["legal_actions"])), True) for info in infos]
 
 
-def expert_agent(name):
+def expert_agent(images, infos):
     """The task's expert, who sees the true state."""
-    return lambda images, infos: [(env.expert_action(name, info), True) for info in infos]
+    return [(env.expert_action(info), True) for info in infos]
 
 
-def model_agent(policy, name, rng):
-    """A vision-language model: picture and prompt in, answer out, parsed by f."""
+def model_agent(policy, rng, style="full"):
+    """A vision-language model: picture and prompt in, answer out, parsed by f; style: of the prompt."""
     def agent(images, infos):
-        answers = policy.act(images, [prompts.build_prompt(name, info) for info in infos])
+        answers = policy.act(images, [prompts.build_prompt(info, style) for info in infos])
         return [prompts.parse_action(answer.text, info["legal_actions"], rng) for answer, info in zip(answers, infos)]
     return agent
 
@@ -47,7 +48,7 @@ def wilson_interval(successes, n, z=1.96):
     return [max((center - half) / (1 + z * z / n), 0.0), min((center + half) / (1 + z * z / n), 1.0)]
 
 
-def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
+def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="evaluation"):
     """Play `episodes` episodes of the task `name`; episode i is the same for every agent with the same seed.
 
     ALFWorld is played in rooms that training has not seen.
@@ -58,7 +59,7 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
     """
     began, n = time.time(), min(num_envs, episodes)
     first = EVAL_SEEDS * (seed + 1)
-    games, seeds = env.Games(name, n, first, **env.GAMES[name].evaluation), itertools.count(first + n)
+    games, seeds = env.Games(name, n, first, obs, evaluation=True), itertools.count(first + n)
     started, active = n, np.ones(n, bool)
     returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
     finished, types = [], {}  # (success, return, length) of each episode; type of task -> successes
@@ -87,17 +88,17 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, label="evaluation"):
                 {"by_task_type": {kind: [float(np.mean(won)), len(won)] for kind, won in sorted(types.items())}} if types else {})
 
 
-def recognition(policy, name, trials, seed=0, num_envs=64):
+def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="image"):
     """Does the model read the picture? Share of `trials` answers in which each key-state field says the truth.
 
     The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
     and "all" for the share of answers right in every field.
     """
-    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation)
+    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), obs, evaluation=True)
     fields, right = prompts.TASKS[name].fields, []
     with tqdm(total=trials, desc="recognition", unit="answer", disable=None, leave=False) as bar:
         while len(right) < trials:
-            answers = policy.act(games.images, [prompts.build_prompt(name, info) for info in games.infos])
+            answers = policy.act(games.images, [prompts.build_prompt(info, style) for info in games.infos])
             for answer, info in zip(answers, games.infos):
                 try:
                     said = dict(json.loads(answer.text))
@@ -105,24 +106,25 @@ def recognition(policy, name, trials, seed=0, num_envs=64):
                     said = {}  # no JSON object, so nothing was read
                 right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
             bar.update(len(answers))
-            games.step([env.expert_action(name, info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
+            games.step([env.expert_action(info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
                         for info in games.infos])
     right = np.array(right[:trials])
     return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
 
 
-def animate(policy, name, episodes, seed, file):
-    """Write episodes as an animated GIF: the picture, what the model says it sees, thinks and does, and what came of it.
+def animate(policy, name, episodes, seed, file, style="full", obs="image"):
+    """Write episodes as an animated GIF, or as a contact sheet if `file` ends in .png: the picture, what the model says
+    it sees, thinks and does, and what came of it.
 
     A key-state field or thought that is not what an expert would have said of this state is marked red.
     """
-    games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), **env.GAMES[name].evaluation), np.random.default_rng(seed)
+    games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True), np.random.default_rng(seed)
     frames, total = [], 0.0
     while episodes:
         info, image = games.infos[0], games.images[0]
-        answer, = policy.act(games.images, [prompts.build_prompt(name, info)])
+        answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
         action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
-        truth = json.loads(prompts.demonstration(name, info, action))
+        truth = json.loads(prompts.demonstration(info, action, style))
         try:
             said = dict(json.loads(answer.text))
         except (ValueError, TypeError):
@@ -137,6 +139,12 @@ def animate(policy, name, episodes, seed, file):
             frames.append((_frame(step["last_images"][0], {}, f"reward {step['rewards'][0]:+.0f}", end), 2400))
             episodes, total = episodes - 1, 0.0
     pictures, durations = zip(*frames)
+    if file.suffix == ".png":
+        width, height = pictures[0].size
+        sheet = Image.new("RGB", (2 * width, math.ceil(len(pictures) / 2) * height), "white")
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i % 2 * width, i // 2 * height))
+        return sheet.quantize(64).save(file)
     pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
 
 
@@ -177,21 +185,21 @@ def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="directory of a training run: evaluates its model")
     parser.add_argument("--env", choices=env.GAMES, help="the task (default: the run's)")
-    parser.add_argument("--policy", choices=["random", "expert", "sft", "rl"],
-                        help="whom to evaluate; sft and rl are a run's (default: rl)")
-    parser.add_argument("--episodes", type=env.positive_int, default=1000, help="episodes to play")
+    parser.add_argument("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
+                        help="whom to evaluate; the last three are a run's (default: rl)")
+    parser.add_argument("--episodes", type=env.positive_int, help="episodes to play [1000; for --gif 4]", default=argparse.SUPPRESS)
     parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
     parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
     parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
     parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
-    parser.add_argument("--gif", type=Path, metavar="FILE", help="instead, write 4 episodes as an animation: picture, thoughts, action")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
+    rng, episodes = np.random.default_rng(args.seed), getattr(args, "episodes", 4 if args.gif else 1000)
     if args.policy in ("random", "expert"):
         if not args.env or args.recognition:
             parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
-        agent = random_agent(rng) if args.policy == "random" else expert_agent(args.env)
+        agent, obs = random_agent(rng) if args.policy == "random" else expert_agent, "image"
     else:
         if not args.run:
             parser.error("name a run with --run, or --env with --policy random or expert")
@@ -204,19 +212,22 @@ def main():
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"{args.run} holds no run that can be loaded: {error}")
         args.env = args.env or config["env"]
+        if args.env not in env.GAMES:
+            parser.error(f"{args.run} plays several tasks: name one of {args.env} with --env")
         torch.manual_seed(args.seed)
-        agent = model_agent(policy, args.env, rng)
+        style, obs = config["prompt"], config["obs"]
+        agent = model_agent(policy, rng, style)
         if args.gif:
             try:
-                return animate(policy, args.env, 4, args.seed, args.gif)
+                return animate(policy, args.env, episodes, args.seed, args.gif, style, obs)
             except OSError as error:
                 parser.error(f"cannot write {args.gif}: {error.strerror}")
         if args.recognition:
-            shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs)
+            shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs, style, obs)
             result = {"env": args.env, "policy": args.policy, "trials": args.trials, "recognition": shares}
             lines = [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
             return print(json.dumps(result) if args.json else "\n".join([f"{args.env}, {args.policy}, {args.trials} answers", *lines]))
-    result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, args.episodes, args.seed, args.num_envs)
+    result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
     print(json.dumps(result) if args.json else f"{args.env}, seed {args.seed}\n{table({args.policy: result})}")
 
 

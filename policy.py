@@ -11,7 +11,6 @@ dropout in either, both mask the same tokens, and log-probabilities are float32 
 `python policy.py` lets the model answer one picture.
 """
 import bisect
-import math
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
@@ -37,7 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E40
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from prompts import CARD_TASKS, action_start, corpus  # noqa: E402
+from prompts import action_start, corpus  # noqa: E402
 
 disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
 
@@ -62,6 +62,14 @@ class Scores:
     logp_action: torch.Tensor
     value: torch.Tensor
     entropy: torch.Tensor  # mean over the answer's tokens, in nats; no gradient
+    logps: torch.Tensor | None = None    # (batch, tokens) log p of each token, 0 past an answer's end
+    written: torch.Tensor | None = None  # (batch, tokens) bool: not past an answer's end
+
+
+def shrink(images, height, width):
+    """Pictures (N, H, W, 3), uint8, as a tensor of another size."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return interpolate(pixels, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
 
 def sample(logp):
@@ -170,19 +178,12 @@ class VLMPolicy(nn.Module):
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
-    def shrink(self, images):
-        """Pictures larger than the processor will make them, all at once, which takes a third of its time one by one."""
-        size = self.processor.image_processor.size
-        height, width = (size[key] if key in size else math.inf for key in ("height", "width"))
-        if height >= images.shape[1] or width >= images.shape[2]:
-            return images
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return interpolate(pixels, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-
     def encode(self, images, prompts):
         """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
         texts = [self.chat(prompt) for prompt in prompts]
-        images = self.shrink(images)
+        size = self.processor.image_processor.size
+        if "height" in size and size["height"] < images.shape[1]:  # the processor would do it one by one, which takes three times as long
+            images = shrink(images, size["height"], size["width"]).numpy()
         bos = self.tokenizer.bos_token
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
                                add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
@@ -307,21 +308,63 @@ class VLMPolicy(nn.Module):
         with torch.no_grad():
             entropy = -(logp_all.exp() * logp_all.clamp(min=-1e4)).sum(-1).masked_fill(place >= length, 0)
         return Scores(logp_cot=(logp * (place < action_at)).sum(1), logp_action=(logp * (place >= action_at)).sum(1),
-                      value=self.value_of_last_token(), entropy=entropy.sum(1) / length[:, 0])
+                      value=self.value_of_last_token(), entropy=entropy.sum(1) / length[:, 0], logps=logp, written=place < length)
+
+
+class CNNPolicy(nn.Module):
+    """The paper's baseline without language: a picture, convolutions, and a head each for action and value.
+
+    It has the interface of `VLMPolicy`, and answers with an action and no thoughts. actions: of one task, legal in every state.
+    """
+
+    def __init__(self, actions, temperature=1.0):
+        super().__init__()
+        self.actions, self.temperature = actions, temperature
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+                                  nn.Flatten(), nn.Linear(64 * 9 * 9, 512), nn.ReLU())
+        self.action_head, self.value_head = nn.Linear(512, len(actions)), nn.Linear(512, 1)
+
+    def save(self, directory):
+        save_file(self.state_dict(), directory / "cnn.safetensors")
+
+    def load(self, directory):
+        self.load_state_dict(load_file(directory / "cnn.safetensors"))
+
+    def see(self, images):
+        """(log-probabilities of the actions, values) of N pictures, uint8."""
+        hidden = self.body(shrink(images, 100, 100).to(self.value_head.weight.device).permute(0, 3, 1, 2) / 255)
+        return torch.log_softmax(self.action_head(hidden) / self.temperature, -1), self.value_head(hidden)[:, 0]
+
+    @torch.no_grad()
+    def value(self, images, prompts):
+        return self.see(images)[1]
+
+    @torch.no_grad()
+    def act(self, images, prompts):
+        images = shrink(images, 100, 100).numpy()
+        logp, values = self.see(images)
+        tokens = sample(logp).cpu()
+        return [Answer({"image": image}, token, 0, f'"action": "{self.actions[token]}"', 0.0, row[token].item(), value.item(),
+                       row[token].double()) for image, token, row, value in zip(images, tokens, logp.cpu(), values)]
+
+    def evaluate(self, answers):
+        logp, values = self.see(np.stack([answer.inputs["image"] for answer in answers]))
+        logps = logp.gather(1, torch.stack([answer.tokens for answer in answers]).to(logp.device))
+        return Scores(torch.zeros_like(values), logps[:, 0], values, -(logp.exp() * logp).sum(1).detach(), logps, torch.ones_like(logps).bool())
 
 
 # ---------------------------------------------------------------------------------------------------
 # Models
 
 
-def load_model(name, seed=0, task=None, image_tiles="one", device="cpu", dtype=torch.float32):
-    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; task: the embedded one's words.
+def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=torch.float32):
+    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; seed, texts: see `build_tiny`.
 
     image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole alone,
     as the paper does: 576 tokens instead of up to 2,880. Weights are read from safetensors, and no code that comes with them is run.
     """
     if name == "tiny":
-        model, processor = build_tiny(seed, CARD_TASKS if task in (None, *CARD_TASKS) else [task])
+        model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
     config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
     kwargs = dict(dtype=dtype, use_safetensors=True)
@@ -346,16 +389,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}\nAnswer: {% endif %}")
 
 
-def build_tiny(seed=0, tasks=CARD_TASKS):
+def build_tiny(seed=0, texts=None):
     """A LLaVA of about 1 M parameters with processor, tokenizer and chat template, built here: no download.
 
+    texts: what its tokenizer learns from (default: the four card games' prompts and answers); seed: of its random weights.
     A picture is 100 x 100 pixels, 25 patches of 20: about a patch a card. Everything else is the code that
     a LLaVA of 7 B parameters runs.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPVisionConfig, MistralConfig, PreTrainedTokenizerFast
 
-    texts = corpus(tasks)
+    texts = texts or corpus()
     tokenizer = Tokenizer(models.BPE())
     # Numbers and operators stay whole and alone; a phrase between them may grow into one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -407,10 +451,10 @@ def main():
     torch.manual_seed(args.seed)
     image, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
     try:
-        policy = VLMPolicy(*load_model(args.model, task=args.env), temperature=0.5)
+        policy = VLMPolicy(*load_model(args.model, texts=corpus([args.env])), temperature=0.5)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {args.model}: {str(error).splitlines()[0]}")
-    answer, = policy.act(image[None], [build_prompt(args.env, info)])
+    answer, = policy.act(image[None], [build_prompt(info)])
     # Escaped, so that no control character of an answer reaches the terminal; with its log p where that is not near 0.
     pieces = [ascii(policy.tokenizer.decode([token]))[1:-1] + (f" ({logp:.2f})" if logp < -0.005 else "")
               for token, logp in zip(answer.tokens.tolist(), answer.logps.tolist())]

@@ -5,7 +5,8 @@ One environment step is one PPO action, however many tokens it took to write. It
     log pi(a | o, v_in) = lambda * log p(v_tht | o, v_in) + log p(v_act | o, v_in, v_tht)
 
 with the CoT scale lambda in [0, 1] (paper, section 4.3): the thoughts are many tokens and the action few, so
-lambda = 1 drowns the action in the noise of the wording, and lambda = 0 never reinforces a thought.
+lambda = 1 drowns the action in the noise of the wording, and lambda = 0 never reinforces a thought. Two other answers
+to the same question: `auto_cot_scale`, and one ratio a token instead of one a step.
 
 `python ppo.py` walks through the advantages of five steps.
 """
@@ -30,12 +31,33 @@ class Rollout:
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
     truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
+    logps: torch.Tensor | None = None  # (T * N, longest answer) log p of each token, 0 past the end: for one ratio a token
     sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy, for the penalty on drift from it
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
     """log pi = lambda * log p(v_tht) + log p(v_act)   (paper, equation 4.3)."""
     return cot_scale * logp_cot + logp_action
+
+
+def auto_cot_scale(logps, action_at):
+    """The lambda at which thoughts and action add equal noise to the policy gradient.
+
+    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score has mean zero whatever
+    came before it, so scores of different tokens are uncorrelated and their variances add up:
+
+        Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act,      F = sum over the part's tokens of E |s|^2
+
+    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2 = E[1 - p(sampled token)]:
+    the sampled tokens' own probabilities estimate F. Equal shares, lambda^2 F_cot = F_act, give lambda = sqrt(F_act / F_cot),
+    here at most 1. A thought that is certain adds no noise, however long it is.
+
+    logps: list of (length,) log-probabilities of sampled answers; action_at: list of the index where each one's action begins.
+    """
+    noise = [(1 - x.exp()).double() for x in logps]
+    total = torch.stack([torch.stack([x[:at].sum(), x[at:].sum()]) for x, at in zip(noise, action_at)]).sum(0)
+    cot, action = gather(total).reshape(-1, 2).sum(0).tolist()
+    return min(1.0, math.sqrt(action / cot)) if cot > action else 1.0
 
 
 def compute_gae(rollout, gamma, gae_lambda):
@@ -70,24 +92,30 @@ def kl_estimate(log_ratio):
 def loss_terms(scores, old, cot_scale, clip, value_clip):
     """What a batch of steps adds to the loss and to the report, a dict of tensors (batch,).
 
-    scores: of the policy being trained; old: dict of what the rollout knew (logp, value, advantage, return, sft_logp_cot).
+    scores: of the policy being trained; old: dict of what the rollout knew (logp, value, advantage, return, sft_logp_cot;
+    logps where every token has a ratio of its own, as in VL-DAC, arXiv 2508.04280: lambda then plays no role).
     """
-    log_ratio = action_log_prob(scores.logp_cot, scores.logp_action, cot_scale) - old["logp"]
-    ratio = log_ratio.exp()  # rho = pi_new(a | s) / pi_old(a | s), one per environment step
+    if "logps" in old:
+        log_ratio = scores.logps - old["logps"][:, :scores.logps.shape[1]]  # (batch, tokens)
+        share = scores.written / scores.written.sum(1, keepdim=True)
+    else:
+        log_ratio = (action_log_prob(scores.logp_cot, scores.logp_action, cot_scale) - old["logp"])[:, None]
+        share = torch.ones_like(log_ratio)
+    ratio, advantage = log_ratio.exp(), old["advantage"][:, None]  # rho = pi_new(a | s) / pi_old(a | s)
     near = old["value"] + (scores.value - old["value"]).clamp(-value_clip, value_clip)
     return {
         # L_policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
-        "policy_loss": torch.max(-old["advantage"] * ratio, -old["advantage"] * ratio.clamp(1 - clip, 1 + clip)),
+        "policy_loss": (share * torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))).sum(1),
         # L_value = 1/2 max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
         "value_loss": 0.5 * torch.max((scores.value - old["return"]) ** 2, (near - old["return"]) ** 2),
         # KL(p, p_SFT) of the thoughts: SFT has taught how to read and reason, and the action is free
         # (the square has the gradient of KL itself, and no exponential that an unlikely thought could blow up)
-        "kl_to_sft": 0.5 * (old["sft_logp_cot"] - scores.logp_cot) ** 2 if "sft_logp_cot" in old else torch.zeros_like(ratio),
-        "approx_kl": kl_estimate(log_ratio),
-        "clipfrac": ((ratio - 1).abs() > clip).float(),
+        "kl_to_sft": 0.5 * (old["sft_logp_cot"] - scores.logp_cot) ** 2 if "sft_logp_cot" in old else torch.zeros_like(scores.value),
+        "approx_kl": (share * kl_estimate(log_ratio)).sum(1),
+        "clipfrac": (share * ((ratio - 1).abs() > clip)).sum(1),
         "entropy": scores.entropy,
-        "exploded": (log_ratio > MAX_LOG_RATIO).float(),
-        "ratio_error": (ratio - 1).abs(),
+        "exploded": (log_ratio > MAX_LOG_RATIO).any(1).float(),
+        "ratio_error": (ratio - 1).abs().amax(1),
     }
 
 
@@ -96,7 +124,7 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
 
     policy.evaluate(list of answers) gives `Scores`: logp_cot, logp_action, value, entropy, each (batch,), with
-    gradients. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
+    gradients. With rollout.logps every token has a ratio of its own. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
     into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it; kl_coef weighs
     the drift of the thoughts. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite,
     or with a ratio past exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
@@ -114,7 +142,7 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
            "logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale)}
     if rollout.sft_logp_cot is not None:
         old["sft_logp_cot"] = rollout.sft_logp_cot
-    old = {key: x.flatten() for key, x in old.items()}
+    old = {key: x.flatten() for key, x in old.items()} | ({} if rollout.logps is None else {"logps": rollout.logps})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     history, first_ratio_error, skipped, skipped_in_a_row = [], None, 0, 0
     shuffled = (batch for _ in range(epochs) for batch in torch.randperm(len(old["logp"])).split(minibatch // world_size()))

@@ -1,7 +1,7 @@
 """What the model reads and what is made of its answer: prompts, demonstrations, and the parser f.
 
-    prompt = build_prompt("blackjack", info)                              # v_in, without the picture
-    answer = demonstration("blackjack", info, "hit")                      # an expert's v_out, for SFT
+    prompt = build_prompt(info)                                           # v_in, without the picture
+    answer = demonstration(info, "hit")                                   # an expert's v_out, for SFT
     action, was_legal = parse_action(answer, info["legal_actions"], rng)  # the paper's f
 
 An answer is a JSON object: key-state fields that say what the picture shows, "thoughts", then "action".
@@ -40,12 +40,13 @@ def ranks(cards):
 
 def points_task(count, target, entries):
     def thoughts(info):
-        # The whole plan at every step, split where the formula stands: the next entry follows the `>`.
+        # The whole plan at every step, split where the formula stands, then the entry that follows from it.
         hand, formula = " ".join(map(str, sorted(info["numbers"]))), info["formula"]
         plan = env.solve(info["numbers"], target, formula)
         if plan is None:
-            return f"{hand} cannot make {target}"
-        return f"{hand} make {target}: {''.join(formula)} > {''.join(plan[len(formula):])}="
+            return f"{hand} cannot make {target}, write ="
+        rest = [*plan, "="][len(formula):]
+        return f"{hand} make {target}: {''.join(formula)} > {''.join(rest)}, write {rest[0]}"
 
     return Task(
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once and equals {target}, "
@@ -91,37 +92,50 @@ TASKS = {
 CARD_TASKS = tuple(name for name in TASKS if name != "alfworld")  # those that need no engine
 
 
-def build_prompt(name, info):
+STYLES = ("full", "thoughts", "vision", "action")
+
+
+def fields(info, style="full"):
+    """What an answer holds before its action, a dict of field -> (what to write there, function of info: the truth).
+
+    style: "full" asks for key-state fields and thoughts (the paper's prompt), "thoughts" for thoughts alone, "action" for
+    neither; "vision" is "full", but all that the text would tell of the state must be read from the picture.
+    """
+    task = TASKS[info["env"]]
+    thoughts = {"thoughts": ("what follows from this", task.thoughts)}
+    return {"action": {}, "thoughts": thoughts}.get(style, task.fields | thoughts)
+
+
+def build_prompt(info, style="full"):
     """The text v_in that goes to the model with the picture.
 
-    name: a key of TASKS; info: the environment's `info` in this state. The prompt states the task, the part
-    of the state that is told in words, the legal actions and the output format (paper, section 4.1).
+    info: the environment's `info` in this state. The prompt states the task, the part of the state that is told
+    in words, the legal actions and the output format (paper, section 4.1).
     """
-    task = TASKS[name]
-    form = {field: what for field, (what, _) in task.fields.items()}
-    form |= {"thoughts": "what follows from this", "action": "a legal action"}
-    return (f"{task.rules}.\n{task.state(info)}Legal actions: {', '.join(info['legal_actions'])}\n"
-            f"Answer in JSON: {json.dumps(form)}")
+    task = TASKS[info["env"]]
+    told = "" if style == "vision" else task.state(info)
+    if info["obs"] == "text":
+        told += f"What you see: {json.dumps({field: truth(info) for field, (_, truth) in task.fields.items()})}\n"
+    form = {field: what for field, (what, _) in fields(info, style).items()} | {"action": "a legal action"}
+    return f"{task.rules}.\n{told}Legal actions: {', '.join(info['legal_actions'])}\nAnswer in JSON: {json.dumps(form)}"
 
 
-def demonstration(name, info, action):
+def demonstration(info, action, style="full"):
     """The answer of an agent that sees right, reasons right and plays `action`: a JSON object as text."""
-    task = TASKS[name]
-    answer = {field: truth(info) for field, (_, truth) in task.fields.items()}
-    return json.dumps(answer | {"thoughts": task.thoughts(info), "action": action})
+    return json.dumps({field: truth(info) for field, (_, truth) in fields(info, style).items()} | {"action": action})
 
 
-def corpus(names=CARD_TASKS, episodes=100, seed=0):
+def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
     """Prompts and answers from randomly played episodes of the tasks `names`: what the tiny model's tokenizer learns from."""
     rng, texts = np.random.default_rng(seed), []
     for name in names:
-        game = gym.make(env.env_id(name))
+        game = gym.make(env.env_id(name), obs=obs)
         for episode in range(episodes):
             _, info = game.reset(seed=seed + episode)
             over, steps = False, 0
             while not over and steps < 25:
                 action = int(rng.integers(len(info["legal_actions"])))
-                texts += [build_prompt(name, info), demonstration(name, info, info["legal_actions"][action])]
+                texts += [build_prompt(info, style), demonstration(info, info["legal_actions"][action], style)]
                 _, _, terminated, truncated, info = game.step(action)
                 over, steps = terminated or truncated, steps + 1
     return texts
@@ -181,13 +195,14 @@ def parse_action(text, legal_actions, rng):
 def main():
     parser = env.Parser(description="Print a prompt, an expert's answer and what the parser makes of it.")
     parser.add_argument("--env", choices=TASKS, default="blackjack", help="the task")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the state")
+    parser.add_argument("--prompt", choices=STYLES, default="full", help="what the prompt asks for and gives away")
+    parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the state")
     args = parser.parse_args()
     _, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
-    answer = demonstration(args.env, info, env.expert_action(args.env, info))
+    answer = demonstration(info, env.expert_action(info), args.prompt)
     at = action_start(answer)
     action, was_legal = parse_action(answer, info["legal_actions"], np.random.default_rng(args.seed))
-    print(f"--- prompt\n{build_prompt(args.env, info)}\n--- answer\n{answer}\n--- parsed\n"
+    print(f"--- prompt\n{build_prompt(info, args.prompt)}\n--- answer\n{answer}\n--- parsed\n"
           f"thoughts: {answer[:at]!r}\naction:   {answer[at:]!r}\nplayed:   {action!r} (legal: {was_legal})")
 
 

@@ -22,7 +22,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,19 +30,20 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import env
 import prompts
 from eval import evaluate, expert_agent, model_agent, random_agent, table
-from policy import VLMPolicy, load_model
-from ppo import Rollout, gather, ppo_update, sum_gradients
+from policy import CNNPolicy, VLMPolicy, load_model
+from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 
 # Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DEFAULTS = dict(model="tiny", seed=0, eval_episodes=1000)
+DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", seed=0, eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
     "paper": dict(
@@ -73,6 +73,8 @@ TASK_PRESETS = {
 }
 
 
+PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
+
 # ---------------------------------------------------------------------------------------------------
 # Arguments
 
@@ -81,6 +83,7 @@ def parse_args(argv=None):
     """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
     parser = env.Parser(description=__doc__.split("\n\n")[0])
     rate = lambda text: _within(text, 0, 1)  # noqa: E731
+    scale = lambda text: text if text == "auto" else rate(text)  # noqa: E731
     size = env.positive_int
 
     def add(flag, help, **kwargs):
@@ -93,18 +96,28 @@ def parse_args(argv=None):
         group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)  # absent where it is not given
 
     group = parser.add_argument_group("what to train")
-    add("--env", "the task", choices=env.GAMES)
+    add("--env", f"the task, one of {', '.join(env.GAMES)}, or several with commas between them", type=_tasks)
     add("--model", "tiny (built in), a model of the hub, or a folder")
+    add("--policy", "vlm, or cnn: the paper's baseline without language and without SFT", choices=["vlm", "cnn"])
+    add("--prompt", "what the answer holds before the action: key-state fields and thoughts (full, the paper's), thoughts, nothing (action); "
+        "vision is full, with all that the text would tell left to the picture", choices=prompts.STYLES)
+    add("--obs", "the picture; marked, with boxes and labels around what matters; or text, which tells the state in the prompt instead",
+        choices=["image", "marked", "text"])
     add("--image-tiles", "LLaVA-1.6: one tile, as in the paper, or the library's tiling", choices=["one", "anyres"])
     add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
     add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]",
         choices=["bfloat16", "float32"])
-    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability", type=rate)
+    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise", type=scale)
+    add("--ratio", "one probability ratio a step, with lambda, or one a token, without", choices=["step", "token"])
     add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
     add("--seed", "fixes the run", type=env.natural_int)
     add("--out", "run directory [a new one under runs/]", type=Path)
     add("--resume", "go on with the run in this directory, exactly; needs no other flag", type=Path, metavar="DIR")
     add("--eval-episodes", "episodes of the evaluations at the end", type=size)
+    add("--track", "send the metrics to TensorBoard or Weights & Biases as well", choices=["tensorboard", "wandb"])
+    add("--sweep", "an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 ratio=token), for every one "
+        "of --seeds; writes table.md, table.json and curves.png into --out", nargs="+", metavar="FLAG=V,V")
+    add("--seeds", "of --sweep [0]", metavar="S,S")
 
     group = parser.add_argument_group("rollout")
     add("--env-steps", "environment steps in all", type=size)
@@ -148,7 +161,7 @@ def parse_args(argv=None):
     if directory:
         try:
             config = complete(json.loads((directory / "config.json").read_text()))
-            given_and_kept = [(key, value, config[key]) for key, value in given.items()]
+            given_and_kept = [(key, value, config.get(key)) for key, value in given.items()]
         except (OSError, ValueError, KeyError):
             parser.error(f"{directory} holds no run (no config.json that can be read)")
         for key, value, kept in given_and_kept + [("out", out, directory)] * bool(out):
@@ -159,6 +172,8 @@ def parse_args(argv=None):
         parser.error(f"--env is needed, one of {', '.join(env.GAMES)}")
     preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
     config = complete({"preset": preset} | given)
+    if config["policy"] == "cnn" and config["env"] not in prompts.CARD_TASKS:
+        parser.error(f"--policy cnn has one fixed list of actions: --env is one of {', '.join(prompts.CARD_TASKS)}")
     if config["rollout_steps"] % config["num_envs"]:
         parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
     for name in ("num_envs", "minibatch", "sft_batch"):
@@ -166,7 +181,7 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} {config[name]} cannot be split over {RANKS} processes")
     if config["env_steps"] < config["rollout_steps"]:
         parser.error(f"--env-steps {config['env_steps']} is less than one rollout of --rollout-steps {config['rollout_steps']}")
-    out = out or Path("runs") / f"{config['env']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = out or Path("runs") / f"{config['env'].replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (out / "config.json").exists():
         parser.error(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     return parser, argparse.Namespace(**config), out
@@ -177,7 +192,14 @@ def complete(config):
     preset = config["preset"]
     device = config.get("device", "cpu" if preset == "tiny" else BEST_DEVICE)  # the embedded model is too small for a GPU to help
     placed = {"device": device, "dtype": "bfloat16" if device == "cuda" and preset == "paper" else "float32"}
-    return DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, config["env"]), {}) | config
+    plain = {"kl_coef": 0.0} if config.get("policy") == "cnn" else {}  # no SFT, nothing to stay near
+    return DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, config["env"]), {}) | plain | config
+
+
+def _tasks(text):
+    if not set(text.split(",")) <= set(env.GAMES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(env.GAMES)}")
+    return text
 
 
 def _within(text, low, high):
@@ -206,9 +228,9 @@ def cosine(step, steps, start, end):
 
 def sft(policy, config, run):
     """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens. Goes on from `run`'s checkpoint."""
-    name, n = config.env, config.sft_batch // RANKS
+    n = config.sft_batch // RANKS
     rng = np.random.default_rng(config.seed + 100_003 * RANK)
-    games = env.Games(name, n, config.seed + 100_003 * RANK)
+    games = env.Games(config.env, n, config.seed + 100_003 * RANK, config.obs)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
@@ -222,10 +244,10 @@ def sft(policy, config, run):
         optimizer.param_groups[0]["lr"] = warmup * cosine(step, config.sft_steps, config.sft_lr, 0)
         restart = config.sft_restart * (1 - step / config.sft_steps)  # from first states to whole episodes
         infos, noisy = games.infos, rng.random(n) < config.demo_noise
-        actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(name, info)
+        actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(info)
                    for noise, info in zip(noisy, infos)]
-        answers = policy.demonstrate(games.images, [prompts.build_prompt(name, info) for info in infos],
-                                     [prompts.demonstration(name, *pair) for pair in zip(infos, actions)])
+        answers = policy.demonstrate(games.images, [prompts.build_prompt(info, config.prompt) for info in infos],
+                                     [prompts.demonstration(*pair, config.prompt) for pair in zip(infos, actions)])
         tokens = gather(torch.tensor([float(sum(len(answer.tokens) for answer in answers))])).sum().item()
         loss = 0.0
         for i in range(0, n, config.microbatch):
@@ -239,7 +261,7 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Half of the slips are not played, so that good states are seen as often as spoilt ones.
-        games.step([action if slip else env.expert_action(name, info)
+        games.step([action if slip else env.expert_action(info)
                     for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < restart)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss:.3f}")
@@ -260,7 +282,7 @@ class Collector:
         self.policy, self.config = policy, config
         self.n = n = config.num_envs // RANKS
         self.rng = np.random.default_rng(config.seed + 100_003 * RANK)
-        self.games = env.Games(config.env, n, seed=1000 + config.seed * config.num_envs + RANK * n)
+        self.games = env.Games(config.env, n, 1000 + config.seed * config.num_envs + RANK * n, config.obs)
         self.returns = np.zeros(n)
 
     def snapshot(self):
@@ -272,18 +294,18 @@ class Collector:
 
     def collect(self, bar):
         """One `Rollout` of rollout_steps, and its statistics: success_rate, mean_return, illegal_rate."""
-        name, n = self.config.env, self.n
-        steps = self.config.rollout_steps // self.config.num_envs
+        n, steps = self.n, self.config.rollout_steps // self.config.num_envs
         answers, rows, illegal, episodes = [], [], 0, []
         next_values = torch.zeros(steps, n)
         for t in range(steps):
-            batch = self.policy.act(self.games.images, [prompts.build_prompt(name, info) for info in self.games.infos])
+            batch = self.policy.act(self.games.images, self.prompts(self.games.infos))
             parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
                       for answer, info in zip(batch, self.games.infos)]
             slips = np.array([not was_legal for _, was_legal in parsed])
             illegal += slips.sum()
+            penalties = slips * [env.GAMES[info["env"]].illegal_penalty for info in self.games.infos]
             step = self.games.step([action for action, _ in parsed])
-            rewards = step["rewards"] - slips * env.GAMES[name].illegal_penalty
+            rewards = step["rewards"] - penalties
             answers += batch
             rows.append(([a.logp_cot for a in batch], [a.logp_action for a in batch], [a.value for a in batch],
                          rewards, step["terminated"], step["truncated"]))
@@ -306,7 +328,8 @@ class Collector:
         totals = gather(torch.tensor([totals], dtype=torch.float64)).reshape(RANKS, -1).sum(0)
         count, success, total_return, illegal, played = totals.tolist()
         sft_logp_cot = self.sft_logp_cot(answers).reshape(logp_cot.shape) if self.config.kl_coef else None
-        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, sft_logp_cot),
+        logps = pad_sequence([a.logps.float() for a in answers], True) if self.config.ratio == "token" else None
+        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, logps, sft_logp_cot),
                 {"episodes": int(count), "success_rate": success / count if count else math.nan,
                  "mean_return": total_return / count if count else math.nan, "illegal_rate": illegal / played})
 
@@ -318,7 +341,10 @@ class Collector:
             return torch.cat([self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in range(0, len(answers), n)])
 
     def values(self, images, infos):
-        return self.policy.value(images, [prompts.build_prompt(self.config.env, info) for info in infos]).cpu()
+        return self.policy.value(images, self.prompts(infos)).cpu()
+
+    def prompts(self, infos):
+        return [prompts.build_prompt(info, self.config.prompt) for info in infos]
 
 
 def reinforce(policy, config, run):
@@ -343,14 +369,16 @@ def reinforce(policy, config, run):
         for update in range(first, updates):
             optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
-            collected = time.time()
+            collected, cot_scale = time.time(), config.cot_scale
+            if cot_scale == "auto":
+                cot_scale = auto_cot_scale([a.logps for a in rollout.answers], [a.action_at for a in rollout.answers])
             stats |= ppo_update(
-                policy, optimizer, rollout, cot_scale=config.cot_scale, gamma=config.gamma, gae_lambda=config.gae_lambda,
+                policy, optimizer, rollout, cot_scale=cot_scale, gamma=config.gamma, gae_lambda=config.gae_lambda,
                 clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
                 microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
                 target_kl=config.target_kl, kl_coef=config.kl_coef)
             steps = (update + 1) * config.rollout_steps
-            run.log(stage="rl", env_steps=steps, **stats, lr=optimizer.param_groups[0]["lr"],
+            run.log(stage="rl", env_steps=steps, **stats, cot_scale=cot_scale, lr=optimizer.param_groups[0]["lr"],
                     logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
                     update_seconds=round(time.time() - collected, 2))
             say(f"{steps:6} steps  success {stats['success_rate']:6.1%}  return {stats['mean_return']:+6.2f}  "
@@ -400,6 +428,7 @@ class Run:
             file.rename(f"{file}.broken")
         (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
         (out / "config.tmp").replace(out / "config.json")
+        self.track = tracker(config, out)
         self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
         self.metrics.truncate(self.state["metrics"])  # what came after the checkpoint will come again
         self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -439,6 +468,7 @@ class Run:
         row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
         self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
         self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
+        self.track(self.rows[-1])
 
     def checkpoint(self, stage, index, policy, optimizer, **state):
         """Save all that `restore` needs, under a number `index` that grows; stops the run where a signal asked for it."""
@@ -497,11 +527,30 @@ class Run:
         return self.state["ranks"][RANK]
 
 
+def tracker(config, out):
+    """A function that sends a row of metrics.jsonl to where --track says."""
+    kind = getattr(config, "track", None)
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            send = SummaryWriter(out).add_scalar
+        elif kind == "wandb":
+            import wandb
+            log = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config)).log
+            send = lambda name, value, step: log({name: value, "env_steps": step})  # noqa: E731
+        else:
+            return lambda row: None
+    except ImportError:
+        raise Refused(f"--track {kind} needs a package: pip install {kind}") from None
+    return lambda row: [send(f"{row.get('policy', row['stage'])}/{key}", value, row.get("env_steps", row.get("step", 0)))
+                        for key, value in row.items() if isinstance(value, (int, float))]
+
+
 def sft_key(config):
     """Name of the SFT weights in the cache: a digest of every setting and every line of code they depend on."""
     lora = ("lora_rank", "lora_alpha") if config.sft_lora else ()
     settings = {key: getattr(config, key) for key in (
-        "env", "model", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles", *lora)}
+        "env", "model", "prompt", "obs", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles", *lora)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
@@ -511,9 +560,14 @@ def sft_key(config):
 def build_policy(config, weights=None):
     """A fresh policy for `config`; with the SFT weights, or the SFT adapter merged, of the folder `weights` where one is given."""
     torch.manual_seed(config.seed)
+    if config.policy == "cnn":
+        return CNNPolicy(env.GAMES[config.env].actions, config.temperature).to(config.device)
+    names = config.env.split(",")
+    texts = prompts.corpus(prompts.CARD_TASKS if {*names} <= {*prompts.CARD_TASKS} else names, config.prompt, config.obs) if (
+        config.model == "tiny" and not weights) else None
     adapter = weights and (weights / "adapter_config.json").exists()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
-    policy = VLMPolicy(*load_model(config.model if adapter or not weights else str(weights), config.seed, config.env, config.image_tiles,
+    policy = VLMPolicy(*load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
                                    device, getattr(torch, config.dtype)), config.temperature, config.max_new_tokens)
     if adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights))
@@ -525,9 +579,9 @@ def build_policy(config, weights=None):
 
 def memory_plan(policy, config):
     """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict, from the sizes of model, adapter and batches."""
-    _, info = gymnasium.make(env.env_id(config.env)).reset(seed=0)
-    image = np.zeros((env.SIZE, env.SIZE, 3), np.uint8)
-    length = policy.encode(image[None], [prompts.build_prompt(config.env, info)])[0]["input_ids"].shape[1] + config.max_new_tokens
+    games = env.Games(config.env, config.env.count(",") + 1, 0, config.obs)
+    inputs = policy.encode(games.images, [prompts.build_prompt(info, config.prompt) for info in games.infos])
+    length = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
     text, size = policy.model.config.get_text_config(), policy.model.dtype.itemsize
     linear = [module for module in policy.model.modules() if isinstance(module, torch.nn.Linear)]
     adapter = config.lora_rank * sum(module.in_features + module.out_features for module in linear)
@@ -546,12 +600,14 @@ def memory_plan(policy, config):
 
 
 def load_run(directory, which="rl"):
-    """(policy, config dict) of a finished run; which: "rl", or "sft" for the policy before PPO.
+    """(policy, config dict) of a finished run; which: "rl", "sft" for the policy before PPO, or "untrained".
 
     Raises OSError or ValueError where the directory holds no finished run.
     """
     config = complete(json.loads((directory / "config.json").read_text()))
-    policy = build_policy(argparse.Namespace(**config), directory / "sft")
+    if which == "sft" and config["policy"] == "cnn":
+        raise ValueError("a CNN has no SFT")
+    policy = build_policy(argparse.Namespace(**config), directory / "sft" if which != "untrained" else None)
     if which == "rl":
         policy.load(directory)
     return policy, config
@@ -573,7 +629,75 @@ def plot(rows, references):
     return figure
 
 
+def sweep(argv):
+    """An experiment: runs that differ in one flag, each with several seeds, then a table and a plot of all.
+
+    Runs that are there are reused and runs that stopped go on, so the same line resumes the experiment.
+    """
+    parser = env.Parser(prog="train.py --sweep")
+    parser.add_argument("--sweep", nargs="+", metavar="FLAG=V,V")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--out", type=Path, required=True)
+    args, rest = parser.parse_known_args(argv)
+    runs = {}
+    for flag, value in ((flag, value) for flag, _, values in (axis.partition("=") for axis in args.sweep) for value in values.split(",")):
+        for seed in args.seeds.split(","):
+            folder, line = args.out / f"{flag}-{value}-seed{seed}", [*rest, f"--{flag}", value, "--seed", seed]
+            _, config, _ = parse_args(line)
+            begun = (folder / "config.json").exists()
+            if begun and complete(json.loads((folder / "config.json").read_text())) != vars(config):
+                parser.error(f"{folder} has other settings: choose another --out")
+            if not (folder / "curve.png").exists():
+                main(["--resume", str(folder)] if begun else [*line, "--out", str(folder)])
+            rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+            for task in config.env.split(","):
+                runs.setdefault(f"{task}, {flag} {value}" if flag != "env" else task, []).append(
+                    {row["policy"]: row for row in rows if row["stage"] == "eval" and row["env"] == task}
+                    | {"task": task, "curve": [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]})
+    players = [name for name in ("random", "SFT", "RL", "CNN + RL", "expert") if any(name in run for seeds in runs.values() for run in seeds)]
+    lines = ["| | " + " | ".join(players) + " | RL: illegal | paper, 7B, other pictures |", "|---" * (len(players) + 3) + "|"]
+    for name, seeds in runs.items():
+        cells = []
+        for player in players:
+            rates = [100 * run[player]["success_rate"] for run in seeds if player in run]
+            cells.append(f"{np.mean(rates):.1f} % ({', '.join(f'{rate:.1f}' for rate in rates)})" if rates else "")
+        illegal = 100 * np.mean([run.get("RL", run.get("CNN + RL"))["illegal_rate"] for run in seeds])
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {illegal:.1f} % | {PUBLISHED.get(seeds[0]['task'], '')} |")
+    lines += ["", f"Success on {config.eval_episodes} episodes, mean of seeds {args.seeds} (in brackets each).",
+              f"`python train.py {' '.join(argv)}`", ""]
+    (args.out / "table.md").write_text("\n".join(lines))
+    (args.out / "table.json").write_text(json.dumps(runs, indent=1))
+    plot_sweep(runs).savefig(args.out / "curves.png", dpi=110)
+    print("\n".join(lines) + f"{args.out / 'curves.png'}")
+
+
+def plot_sweep(runs):
+    """A matplotlib figure of a sweep: a panel a task, the mean curve of each setting, and a band from the lowest seed to the highest."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(seeds[0]["task"] for seeds in runs.values()))
+    figure = Figure(figsize=(5.6 * len(tasks), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        mine = {name: seeds for name, seeds in runs.items() if seeds[0]["task"] == task}
+        for i, (name, seeds) in enumerate(mine.items()):
+            steps = [step for step, _ in seeds[0]["curve"]]
+            rates = 100 * np.array([[rate or 0 for _, rate in run["curve"]] for run in seeds], float)
+            color = f"C{i}"
+            axes.plot(steps, rates.mean(0), color=color, label=name.removeprefix(f"{task}, "))
+            axes.fill_between(steps, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
+        for reference, color in (("random", "#9a9a9a"), ("expert", "#1f6f54")):
+            axes.axhline(100 * np.mean([run[reference]["success_rate"] for seeds in mine.values() for run in seeds]), ls="--", lw=1.2,
+                         color=color, label=reference)
+        axes.set(title=task, xlabel="environment steps", ylabel="success rate of training episodes (%)", ylim=(0, None), xlim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--sweep" in argv:
+        return sweep(argv)
     parser, config, out = parse_args(argv)
     if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
@@ -585,15 +709,16 @@ def main(argv=None):
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
-    needed, parts = memory_plan(policy, config)
+    needed, parts = memory_plan(policy, config) if config.policy == "vlm" else (0.2, {"CNN": 0.2})
     if config.device == "cuda" and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
         parser.error(f"{needed:.0f} GB do not fit into this card's {there:.0f}: try --gradient-checkpointing, a smaller --microbatch, "
                      "--num-envs, --lora-rank or --max-new-tokens")
     try:
         with Run(out, config) as run:
-            if run.state["stage"] == "rl" and not weights:
+            if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
                 raise Refused(f"{out / 'sft'} is missing")
-            say(f"{config.env}: {config.model} ({policy.model.num_parameters() / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
+            size = sum(p.numel() for name, p in policy.named_parameters() if "value_head" not in name)
+            say(f"{config.env}: {config.model if config.policy == 'vlm' else 'CNN'} ({size / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
                 + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}\nmemory expected: {needed:.1f} GB = "
                 + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
             return train(policy, config, run, cached, weights)
@@ -613,11 +738,8 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
-def train(policy, config, run, cached, weights):
-    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any.
-
-    Returns the evaluations, a dict of policy name -> row of metrics.jsonl (None in all processes but the first).
-    """
+def pretrain(policy, config, run, cached, weights):
+    """SFT, or nothing where `policy` has its `weights` already; leaves them in the cache and in the run's directory."""
     if not weights:
         if config.sft_lora:
             policy.add_lora(config.lora_rank, config.lora_alpha)
@@ -635,30 +757,45 @@ def train(policy, config, run, cached, weights):
         shutil.copytree(cached, run.out / "sft.tmp", dirs_exist_ok=True)
         (run.out / "sft.tmp").rename(run.out / "sft")
 
-    def assess(name, agent):
-        if RANK == 0:  # the others wait at the next gather
-            result = evaluate(agent, config.env, config.eval_episodes, config.seed, config.num_envs, f"evaluating {name}")
-            run.log(stage="eval", policy=name, **result)
+
+def train(policy, config, run, cached, weights):
+    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any.
+
+    Returns the evaluations, task -> policy name -> row of metrics.jsonl (None in all processes but the first).
+    """
+    def assess(name, agent=None):
+        for task in config.env.split(",") if RANK == 0 else ():  # the others wait at the next gather
+            player = agent or model_agent(policy, np.random.default_rng(config.seed), config.prompt)
+            result = evaluate(player, task, config.eval_episodes, config.seed, config.num_envs, config.obs, f"evaluating {name}")
+            run.log(stage="eval", policy=name, env=task, **result)
             if run.signal:
                 raise SystemExit(128 + run.signal)
 
+    language = config.policy == "vlm"
+    if language:
+        pretrain(policy, config, run, cached, weights)
     if run.state["stage"] != "rl":
         torch.manual_seed(config.seed + 100_003 * RANK)  # from here on a run with cached SFT weights is the same as one without
         assess("random", random_agent(np.random.default_rng(config.seed)))
-        assess("SFT", model_agent(policy, config.env, np.random.default_rng(config.seed)))
-        if RANK == 0:
-            say(f"SFT: success {run.rows[-1]['success_rate']:.1%} after {run.rows[-1]['seconds']:.0f} s")
-    policy.add_lora(config.lora_rank, config.lora_alpha)
+        if language:
+            assess("SFT")
+            if RANK == 0:
+                rates = [f"{row['success_rate']:.1%}" for row in run.rows if row.get("policy") == "SFT"]
+                say(f"SFT: success {', '.join(rates)} after {run.rows[-1]['seconds']:.0f} s")
+    if language:
+        policy.add_lora(config.lora_rank, config.lora_alpha)
     reinforce(policy, config, run)
     if RANK:
         return None
     policy.save(run.out)
-    assess("RL", model_agent(policy, config.env, np.random.default_rng(config.seed)))
-    assess("expert", expert_agent(config.env))
-    results = {row["policy"]: row for row in run.rows if row["stage"] == "eval"}
-    run.finish(plot(run.rows, results))
-    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s\n{table(results)}\n"
-          f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
+    assess("RL" if language else "CNN + RL")
+    assess("expert", expert_agent)
+    results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in config.env.split(",")}
+    run.finish(plot(run.rows, results.get(config.env, {})))
+    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s")
+    for task, rows in results.items():
+        print(f"\n{task}" * (len(results) > 1), table(rows), sep="\n" * (len(results) > 1))
+    print(f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
     return results
 
 

@@ -63,13 +63,13 @@ class Bench:
         """Games played by the expert: rules, pictures, no model."""
         games = self.games[n]
         for _ in range(steps):
-            games.step([env.expert_action(self.config.env, info) for info in games.infos])
+            games.step([env.expert_action(info) for info in games.infos])
         return n * steps
 
     def rollout(self, n, steps, paper=False):
         games, rng = self.games[n], np.random.default_rng(0)
         for _ in range(steps):
-            answers = self.policy.act(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+            answers = self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
             if paper:  # scored again, padded, in a pass of its own
                 with torch.no_grad():
                     self.policy.evaluate(pad_answers(answers, 2 * self.config.max_new_tokens))
@@ -80,7 +80,7 @@ class Bench:
         games = self.games[64]
         answers = []
         while len(answers) < n:
-            answers += self.policy.act(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+            answers += self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
         return answers[:n]
 
     def update(self, answers, microbatch):
@@ -96,8 +96,8 @@ class Bench:
         for start in range(0, 64, batch):
             rows = slice(start, start + batch)
             infos = games.infos[rows]
-            answers = self.policy.demonstrate(games.images[rows], [prompts.build_prompt(self.config.env, info) for info in infos],
-                                              [prompts.demonstration(self.config.env, info, env.expert_action(self.config.env, info)) for info in infos])
+            answers = self.policy.demonstrate(games.images[rows], [prompts.build_prompt(info) for info in infos],
+                                              [prompts.demonstration(info, env.expert_action(info)) for info in infos])
             scores = self.policy.evaluate(answers)
             (scores.logp_cot + scores.logp_action).mean().neg().backward()
             self.policy.zero_grad(set_to_none=True)
@@ -108,7 +108,7 @@ class Bench:
         games = self.games[64]
         for game in games.vector.envs:
             game.unwrapped.render()
-        self.policy.encode(games.images, [prompts.build_prompt(self.config.env, info) for info in games.infos])
+        self.policy.encode(games.images, [prompts.build_prompt(info) for info in games.infos])
         return 64
 
 

@@ -234,7 +234,7 @@ def test_the_data_set_is_used_where_the_variable_points(tmp_path, monkeypatch):
         assert game.unwrapped.game.startswith("pick_heat_then_place_in_recep-Mug-") and info["task_type"] == "heat"
     over = False
     while not over:
-        *_, terminated, truncated, info = game.step(info["legal_actions"].index(env.expert_action("alfworld", info)))
+        *_, terminated, truncated, info = game.step(info["legal_actions"].index(env.expert_action(info)))
         over = terminated or truncated
     assert info["success"] and os.environ["ALFWORLD_DATA"] == str(tmp_path)
     with pytest.raises(ValueError, match="valid_seen.*alfworld-download"):

@@ -115,7 +115,7 @@ def check_rules(name, steps):
         _, before = game.reset(seed=episode)
         count, over, total = 0, False, 0
         while not over:
-            action = env.expert_action(name, before) if rng.random() < 0.7 else str(rng.choice(before["legal_actions"]))
+            action = env.expert_action(before) if rng.random() < 0.7 else str(rng.choice(before["legal_actions"]))
             _, reward, terminated, truncated, after = game.step(before["legal_actions"].index(action))
             count, total, over = count + 1, total + reward, terminated or truncated
             expected = RULES[name](before, action, after, count) if name in RULES else blackjack_rule(game, before, action, after)
@@ -194,7 +194,7 @@ def test_experts_always_succeed_where_they_can(name):
         _, info = game.reset(seed=seed)
         over = False
         while not over:
-            action = info["legal_actions"].index(env.expert_action(name, info))
+            action = info["legal_actions"].index(env.expert_action(info))
             _, _, terminated, truncated, info = game.step(action)
             over = terminated or truncated
         assert info["success"]
@@ -204,7 +204,7 @@ def test_the_vector_keeps_truncation_and_termination_apart():
     games = env.Games("numberline", 2, seed=0)
     starts = [dict(info) for info in games.infos]
     for step in range(10):  # walk away from the target, so that only the time limit ends the episode
-        result = games.step(["+" if env.expert_action("numberline", info) == "-" else "-" for info in games.infos])
+        result = games.step(["+" if env.expert_action(info) == "-" else "-" for info in games.infos])
     assert not result["terminated"].any() and result["truncated"].all()
     assert [info["target"] for info in result["infos"]] == [info["target"] for info in starts]  # the state before the next episode
 

@@ -154,7 +154,7 @@ def policy(request, checkpoints):
 
 def states():
     found = [(name, *gym.make(env.env_id(name)).reset(seed=seed)) for name in ("blackjack", "points24") for seed in range(3)]
-    texts = [prompts.build_prompt(name, info) + " again" * i for i, (name, _, info) in enumerate(found)]  # all of different lengths
+    texts = [prompts.build_prompt(info) + " again" * i for i, (name, _, info) in enumerate(found)]  # all of different lengths
     return np.stack([image for _, image, _ in found]), texts, found
 
 
@@ -195,7 +195,7 @@ def test_left_padding_changes_nothing(policy):
 
 def test_demonstrations_split_at_the_text_and_train(policy):
     images, texts, found = states()
-    shown = [prompts.demonstration(name, info, env.expert_action(name, info)) for name, _, info in found]
+    shown = [prompts.demonstration(info, env.expert_action(info)) for name, _, info in found]
     answers = policy.demonstrate(images, texts, shown)
     for answer, text in zip(answers, shown):
         head, tail = (policy.tokenizer.decode(part, skip_special_tokens=True) for part in (answer.tokens[:answer.action_at], answer.tokens[answer.action_at:]))

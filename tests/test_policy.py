@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 def states(name, n=6):
     pictures, infos = zip(*[gym.make(env.env_id(name)).reset(seed=seed) for seed in range(n)])
-    return np.stack(pictures), [prompts.build_prompt(name, info) for info in infos], list(infos)
+    return np.stack(pictures), [prompts.build_prompt(info) for info in infos], list(infos)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def policy():
 
 def demonstrations(policy, name, n=6):
     pictures, texts, infos = states(name, n)
-    return policy.demonstrate(pictures, texts, [prompts.demonstration(name, i, env.expert_action(name, i)) for i in infos])
+    return policy.demonstrate(pictures, texts, [prompts.demonstration(i, env.expert_action(i)) for i in infos])
 
 
 def test_the_tiny_model_is_a_llava_of_about_a_million_parameters():

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppo import Rollout, action_log_prob, compute_gae, explained_variance, ppo_update
+from policy import Scores
+from ppo import Rollout, action_log_prob, auto_cot_scale, compute_gae, explained_variance, loss_terms, ppo_update
 
 
 def rollout(rewards, values, next_values, terminated, truncated, answers=(), logp=None):
@@ -192,3 +193,27 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         weights, its_stats = torch.load(tmp_path / f"weights-2-{rank}")
         assert (weights - alone).norm() / (alone - Linear().layer.weight).norm() < 1e-5
         assert its_stats["approx_kl"] == pytest.approx(stats["approx_kl"], rel=1e-4)
+
+
+def test_the_automatic_cot_scale_gives_both_parts_the_same_noise():
+    """On tokens drawn from known distributions, lambda^2 times the thoughts' Fisher trace is the action's, 1 - sum p^2 a token."""
+    generator = torch.Generator().manual_seed(0)
+    thought, action = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.9, 0.1])
+    logps = []
+    for _ in range(4000):
+        words = torch.multinomial(thought, 5, True, generator=generator)
+        logps.append(torch.cat([thought[words], action[torch.multinomial(action, 2, True, generator=generator)]]).log())
+    expected = (2 * (1 - (action ** 2).sum()) / (5 * (1 - (thought ** 2).sum()))).sqrt().item()
+    assert auto_cot_scale(logps, [5] * 4000) == pytest.approx(expected, rel=0.03)
+    assert auto_cot_scale([torch.zeros(3)], [2]) == 1.0  # nothing is uncertain
+
+
+def test_with_one_ratio_a_token_each_token_is_clipped_alone():
+    scores = Scores(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.zeros(1), torch.zeros(1),
+                    logps=torch.tensor([[-1.0, -1.0, 0.0]]).requires_grad_(), written=torch.tensor([[True, True, False]]))
+    old = {"advantage": torch.ones(1), "return": torch.zeros(1), "value": torch.zeros(1), "logp": torch.zeros(1),
+           "logps": torch.tensor([[-1.0, -2.0, 0.0, 0.0]])}
+    loss = loss_terms(scores, old, 0.3, 0.1, 0.2)["policy_loss"]
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(-(1 + 1.1) / 2)       # the second token's ratio e is clipped to 1.1
+    assert scores.logps.grad.tolist() == [[-0.5, 0.0, 0.0]]  # and has no gradient; nor has what was never written

@@ -71,7 +71,7 @@ def test_demonstrations_are_json_true_to_the_state_and_parsed_back(name):
     for seed in range(20):
         _, info = game.reset(seed=seed)
         action = info["legal_actions"][seed % len(info["legal_actions"])]
-        text = demonstration(name, info, action)
+        text = demonstration(info, action)
         answer = json.loads(text)
         assert list(answer)[-2:] == ["thoughts", "action"]
         assert all(answer[field] == truth(info) for field, (_, truth) in TASKS[name].fields.items())
@@ -82,6 +82,6 @@ def test_demonstrations_are_json_true_to_the_state_and_parsed_back(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_prompts_name_every_legal_action_and_field(name):
     _, info = gym.make(env.env_id(name)).reset(seed=0)
-    prompt = build_prompt(name, info)
+    prompt = build_prompt(info)
     assert ", ".join(info["legal_actions"]) in prompt and all(f'"{field}"' in prompt for field in TASKS[name].fields)
     assert '"thoughts"' in prompt and '"action"' in prompt

@@ -33,7 +33,7 @@ def metrics(out):
 
 @pytest.mark.parametrize("name", env.GAMES)
 def test_a_run_from_nothing(name, tmp_path, capsys):
-    results = run(tmp_path / "run", "--env", name, "--cot-scale", "0.3")
+    results = run(tmp_path / "run", "--env", name, "--cot-scale", "0.3")[name]
     assert set(results) == {"random", "SFT", "RL", "expert"} and results["RL"]["episodes"] == 8
     rows = metrics(tmp_path / "run")
     assert {row["stage"] for row in rows} == {"sft", "rl", "eval"}
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_run_with_and_without_cached_sft(tmp_path, 
 
 
 def test_eval_prints_one_json_object(tmp_path, capsys, monkeypatch):
-    results = run(tmp_path / "run", "--env", "numberline")
+    results = run(tmp_path / "run", "--env", "numberline")["numberline"]
     capsys.readouterr()
     for policy, row in (("rl", "RL"), ("sft", "SFT")):
         monkeypatch.setattr("sys.argv", ["eval.py", "--run", str(tmp_path / "run"), "--policy", policy, "--episodes", "8", "--seed", "3",
@@ -71,7 +71,7 @@ def test_eval_prints_one_json_object(tmp_path, capsys, monkeypatch):
 
 
 def test_evaluation_plays_the_same_episodes_whatever_the_number_of_environments():
-    one, other = (evaluation.evaluate(evaluation.expert_agent("points24"), "points24", 40, seed=1, num_envs=n) for n in (3, 40))
+    one, other = (evaluation.evaluate(evaluation.expert_agent, "points24", 40, seed=1, num_envs=n) for n in (3, 40))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
@@ -98,15 +98,64 @@ def test_recognition_counts_the_fields_that_are_true():
     games = None
 
     class Games(env.Games):
-        def __init__(self, *args):
+        def __init__(self, *args, **kwargs):
             nonlocal games
-            super().__init__(*args)
+            super().__init__(*args, **kwargs)
             games = self
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(env, "Games", Games)
         shares = evaluation.recognition(Blind(), "numberline", 200, num_envs=20)
     assert shares["target"] == 1 and 0 < shares["current"] < 0.4 and shares["all"] == shares["current"]
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "action"], ["--prompt", "vision"], ["--obs", "text"], ["--obs", "marked"], ["--cot-scale", "auto"],
+                                   ["--ratio", "token"]], ids=" ".join)
+def test_variants_of_the_method_train(tmp_path, flags):
+    run(tmp_path / "run", "--env", "ezpoints", *flags)
+    rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert len(rl) == 2 and all(row["first_ratio_error"] < 1e-4 and row["skipped"] == 0 and 0 <= row["cot_scale"] <= 1 for row in rl)
+
+
+def test_one_policy_plays_several_tasks(tmp_path, capsys, monkeypatch):
+    results = run(tmp_path / "run", "--env", "numberline,blackjack")
+    assert list(results) == ["numberline", "blackjack"] and all(set(rows) == {"random", "SFT", "RL", "expert"} for rows in results.values())
+    for argv, code in ((["--env", "blackjack"], None), ([], 2)):
+        monkeypatch.setattr("sys.argv", ["eval.py", "--run", str(tmp_path / "run"), "--episodes", "8", *argv])
+        if code:
+            with pytest.raises(SystemExit, match="2"):
+                evaluation.main()
+        else:
+            evaluation.main()
+    assert "name one of numberline,blackjack" in capsys.readouterr().err
+
+
+def test_a_cnn_trains_without_language_and_is_evaluated_again(tmp_path, capsys, monkeypatch):
+    rows = run(tmp_path / "run", "--env", "blackjack", "--policy", "cnn", "--temperature", "1e-4")["blackjack"]  # no chance
+    assert set(rows) == {"random", "CNN + RL", "expert"} and rows["CNN + RL"]["illegal_rate"] == 0
+    assert all(row["first_ratio_error"] < 1e-4 for row in metrics(tmp_path / "run") if row["stage"] == "rl")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["eval.py", "--run", str(tmp_path / "run"), "--episodes", "8", "--seed", "3", "--num-envs", "8", "--json"])
+    evaluation.main()
+    assert json.loads(capsys.readouterr().out)["success_rate"] == rows["CNN + RL"]["success_rate"]
+
+
+def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsys):
+    line = [*QUICK[:-2], "--env", "numberline", "--sweep", "cot-scale=0,1", "ratio=token", "--seeds", "0,1", "--out", str(tmp_path)]
+    train.main(line)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| numberline, ") == 3 and Image.open(tmp_path / "curves.png").size[1] > 300
+    runs = json.loads((tmp_path / "table.json").read_text())
+    assert list(runs) == ["numberline, cot-scale 0", "numberline, cot-scale 1", "numberline, ratio token"]
+    assert all(len(seeds) == 2 and seeds[0]["RL"]["episodes"] == 8 for seeds in runs.values())
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/metrics.jsonl")}
+    shutil.rmtree(tmp_path / "cot-scale-1-seed1")
+    train.main(line)
+    changed = [file.parent.name for file in tmp_path.glob("*/metrics.jsonl") if before[file] != file.stat().st_mtime_ns]
+    assert changed == ["cot-scale-1-seed1"] and (tmp_path / "table.md").read_text() == table
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*line, "--lr", "0.5"])
+    assert "has other settings" in capsys.readouterr().err
 
 
 def test_wilson_interval():
@@ -250,7 +299,7 @@ def test_a_model_that_never_acts_does_not_break_training(stops_at_once, tmp_path
         return policy
     monkeypatch.setattr(train, "build_policy", mute)
     monkeypatch.setattr(train, "sft", lambda policy, config, run: None)  # its answers would be impossible
-    results = run(tmp_path / "run", "--env", "blackjack")
+    results = run(tmp_path / "run", "--env", "blackjack")["blackjack"]
     rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert results["RL"]["illegal_rate"] == 1 and all(row["illegal_rate"] == 1 and row["skipped"] == 0 for row in rl)
     assert all(torch.isfinite(torch.tensor(row[key])) for row in rl for key in ("policy_loss", "value_loss", "grad_norm"))
