@@ -1032,14 +1032,22 @@ def game_cache():
         return Path(tempfile.gettempdir()) / folder.name
 
 
-GAMES = {game.name: game for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldEnv)}
-for game in GAMES.values():
-    gym.register(f"GymCards/{game.__name__.removesuffix('Env')}-v0", entry_point=game)
+GAMES = {}
+
+
+def register(game):
+    """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
+    GAMES[game.name] = game
+    gym.register(env_id(game.name), entry_point=game)
 
 
 def env_id(name):
     """Gymnasium id of a task: "blackjack" -> "GymCards/Blackjack-v0"."""
     return f"GymCards/{GAMES[name].__name__.removesuffix('Env')}-v0"
+
+
+for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldEnv):
+    register(game)
 
 
 def expert_action(info):
@@ -1139,7 +1147,7 @@ def show(image, columns=60):
 def main():
     parser = Parser(description="Play a game in the terminal.")
     parser.add_argument("--env", choices=GAMES, default="blackjack", help="the game")
-    parser.add_argument("--seed", type=int, default=None, help="fixes the episode")
+    parser.add_argument("--seed", type=natural_int, default=None, help="fixes the episode")
     parser.add_argument("--picture", default="game.png", help="file for the picture that the model would see")
     args = parser.parse_args()
     env = gym.make(env_id(args.env))

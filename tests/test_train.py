@@ -15,6 +15,7 @@ from PIL import Image
 
 import env
 import eval as evaluation
+import prompts
 import train
 
 torch.set_num_threads(1)
@@ -107,6 +108,36 @@ def test_recognition_counts_the_fields_that_are_true():
         patch.setattr(env, "Games", Games)
         shares = evaluation.recognition(Blind(), "numberline", 200, num_envs=20)
     assert shares["target"] == 1 and 0 < shares["current"] < 0.4 and shares["all"] == shares["current"]
+
+
+class LampEnv(env.Game):
+    """A lamp is on or off; say which. A course project's first environment."""
+    name, actions = "lamp", ("dark", "bright")
+
+    def deal(self):
+        self.on = bool(self.np_random.integers(2))
+
+    def play(self, action):
+        return (1 if (action == "bright") == self.on else -1), True, False
+
+    def state(self):
+        return {"on": self.on}
+
+    @staticmethod
+    def expert(info):
+        return "bright" if info["on"] else "dark"
+
+    def draw(self):
+        return Image.new("RGB", (env.SIZE, env.SIZE), "white" if self.on else "black")
+
+
+def test_one_class_and_one_prompt_entry_add_an_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
+    env.register(LampEnv)
+    monkeypatch.setitem(prompts.TASKS, "lamp", prompts.Task("The picture shows a lamp. Say what it is", {"lamp": (
+        "on or off", lambda info: "on" if info["on"] else "off")}, lambda info: "it shines" if info["on"] else "no light"))
+    results = run(tmp_path / "run", "--env", "lamp")["lamp"]
+    assert results["expert"]["success_rate"] == 1 and len([row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]) == 2
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "action"], ["--prompt", "vision"], ["--obs", "text"], ["--obs", "marked"], ["--cot-scale", "auto"],
