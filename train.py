@@ -64,7 +64,7 @@ TASK_PRESETS = {
     ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
     ("tiny", "points24"): dict(
-        demo_noise=0.2, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, temperature=0.2, lr=2e-4, lr_end=2e-5),
+        demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01),
     ("tiny", "alfworld"): dict(
         demo_noise=0.5, sft_steps=1500, value_coef=0.0005, temperature=0.3, lr=2e-4, lr_end=2e-5, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
@@ -260,9 +260,9 @@ def sft(policy, config, run):
             raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # Half of the slips are not played, so that good states are seen as often as spoilt ones.
+        # Of the slips only a quarter is played: where a game is lost, nothing is left to learn.
         games.step([action if slip else env.expert_action(info)
-                    for slip, action, info in zip(rng.random(n) < 0.5, actions, infos)], restart=rng.random(n) < restart)
+                    for slip, action, info in zip(rng.random(n) < 0.25, actions, infos)], restart=rng.random(n) < restart)
         if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
             bar.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"])

@@ -67,33 +67,32 @@ def kills(count):
     def start(*flags):
         return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    began = time.time()
-    assert start(*flags, "--out", scratch / "a/run").wait() == 0
-    whole = time.time() - began
-    killed, where = 0, {}
-    process = start(*flags, "--out", scratch / "b/run")
-    while killed < count:
-        # A resumed run must get past its start-up now and then, or it would never end.
-        time.sleep(rng.uniform(2, max(4, 0.4 * whole)))
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.wait()
-        killed += 1
-        metrics = (scratch / "b/run/metrics.jsonl")
-        stage = json.loads(metrics.read_bytes().splitlines()[-1])["stage"] if metrics.exists() and metrics.stat().st_size else "start"
-        where[stage] = where.get(stage, 0) + 1
-        process = start("--resume", scratch / "b/run") if (scratch / "b/run/config.json").exists() else start(*flags, "--out", scratch / "b/run")
-    error = process.communicate()[1].decode()
-    assert process.returncode == 0, error
-
     def content(run):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         weights = [(run / file).read_bytes() for file in ("adapter/adapter_model.safetensors", "value_head.safetensors", "sft/model.safetensors")]
         return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows], weights
 
-    same = content(scratch / "a/run") == content(scratch / "b/run")
-    print(f"killed {killed} times (last line of the metrics then: {where}): {'the same' if same else 'OTHER'} weights and metrics as undisturbed")
+    began = time.time()
+    assert start(*flags, "--out", scratch / "a/run").wait() == 0
+    whole, killed, ended, same, where = time.time() - began, 0, 0, True, {}
+    while killed < count:
+        run = scratch / f"b{ended}/run"
+        process = start(*flags, "--out", run)
+        while process.poll() is None:
+            # A resumed run must get past its start-up now and then, or it would never end.
+            time.sleep(rng.uniform(2, max(4, 0.4 * whole)) if killed < count else 1)
+            if process.poll() is None and killed < count:
+                process.kill()
+                process.wait()
+                killed += 1
+                rows = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
+                stage = json.loads(rows[-1])["stage"] if rows and rows[-1].endswith(b"}") else "start"
+                where[stage] = where.get(stage, 0) + 1
+                process = start("--resume", run) if (run / "config.json").exists() else start(*flags, "--out", run)
+        assert process.returncode == 0, process.communicate()[1].decode()
+        ended, same = ended + 1, same and content(scratch / "a/run") == content(run)
+    print(f"killed {killed} times (last line of the metrics then: {where}), {ended} runs came to their end: "
+          f"{'the same' if same else 'OTHER'} weights and metrics as undisturbed")
     return same
 
 
