@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig,  # noqa: E402
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,  # noqa: E402
                           LlavaForConditionalGeneration, LlavaProcessor)
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
@@ -357,17 +357,22 @@ class CNNPolicy(nn.Module):
 # Models
 
 
-def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=torch.float32):
+def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=torch.float32, quantize=None):
     """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; seed, texts: see `build_tiny`.
 
     image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole alone,
-    as the paper does: 576 tokens instead of up to 2,880. Weights are read from safetensors, and no code that comes with them is run.
+    as the paper does: 576 tokens instead of up to 2,880. quantize: "4bit" for base weights in four bits (bitsandbytes, on cuda).
+    Weights are read from safetensors, and no code that comes with them is run. Raises OSError or ValueError.
     """
     if name == "tiny":
         model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
     config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
-    kwargs = dict(dtype=dtype, use_safetensors=True)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError("its processor has no chat template")
+    kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device})
+    if quantize:
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     if config.model_type == "llava_next" and image_tiles == "one":
         # The same weights and words in LLaVA-1.5's class, which knows no tiles. The games' pictures are square: nothing to pad.
         keys = ("vision_config", "text_config", "image_token_id", "projector_hidden_act", "vision_feature_select_strategy",
@@ -379,8 +384,8 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
                                   image_mean=images.image_mean, image_std=images.image_std),
             processor.tokenizer, patch_size=config.vision_config.patch_size, chat_template=processor.chat_template,
             vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1)
-        return LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs).to(device), processor
-    return AutoModelForImageTextToText.from_pretrained(name, **kwargs).to(device), processor
+        return LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs), processor
+    return AutoModelForImageTextToText.from_pretrained(name, **kwargs), processor
 
 
 CHAT_TEMPLATE = (

@@ -20,9 +20,11 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -43,7 +45,8 @@ from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", seed=0, eval_episodes=1000)
+DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", quantize=None, seed=0,
+                eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
     "paper": dict(
@@ -89,7 +92,7 @@ def parse_args(argv=None):
     def add(flag, help, **kwargs):
         name = flag[2:].replace("-", "_")
         defaults = {kind: preset[name] for kind, preset in PRESETS.items() if name in preset}
-        if name in DEFAULTS:
+        if DEFAULTS.get(name) is not None:
             help += f" [{DEFAULTS[name]}]"
         elif defaults:
             help += f" [{', '.join(f'{kind} {value}' for kind, value in defaults.items())}]"
@@ -107,6 +110,7 @@ def parse_args(argv=None):
     add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
     add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]",
         choices=["bfloat16", "float32"])
+    add("--quantize", "base weights in 4 bits instead, with bitsandbytes on cuda", choices=["4bit"])
     add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise", type=scale)
     add("--ratio", "one probability ratio a step, with lambda, or one a token, without", choices=["step", "token"])
     add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
@@ -174,6 +178,10 @@ def parse_args(argv=None):
     config = complete({"preset": preset} | given)
     if config["policy"] == "cnn" and config["env"] not in prompts.CARD_TASKS:
         parser.error(f"--policy cnn has one fixed list of actions: --env is one of {', '.join(prompts.CARD_TASKS)}")
+    if config["quantize"] and (config["device"] != "cuda" or config["model"] == "tiny"):
+        parser.error("--quantize 4bit is for large models on --device cuda")
+    if config["quantize"] and not find_spec("bitsandbytes"):
+        parser.error("--quantize 4bit needs a package: pip install bitsandbytes")
     if config["rollout_steps"] % config["num_envs"]:
         parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
     for name in ("num_envs", "minibatch", "sft_batch"):
@@ -550,7 +558,8 @@ def sft_key(config):
     """Name of the SFT weights in the cache: a digest of every setting and every line of code they depend on."""
     lora = ("lora_rank", "lora_alpha") if config.sft_lora else ()
     settings = {key: getattr(config, key) for key in (
-        "env", "model", "prompt", "obs", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles", *lora)}
+        "env", "model", "prompt", "obs", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles",
+        "quantize", *lora)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
@@ -568,7 +577,7 @@ def build_policy(config, weights=None):
     adapter = weights and (weights / "adapter_config.json").exists()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
     policy = VLMPolicy(*load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
-                                   device, getattr(torch, config.dtype)), config.temperature, config.max_new_tokens)
+                                   device, getattr(torch, config.dtype), config.quantize), config.temperature, config.max_new_tokens)
     if adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights))
         policy.merge_lora()
@@ -591,7 +600,7 @@ def memory_plan(policy, config):
     cache = config.num_envs // RANKS * length * text.num_hidden_layers * text.num_key_value_heads * head_size * 2 * size
     # A layer keeps about 34 values a token and unit of width, or only its input; the vocabulary's logits are float32, thrice.
     kept = text.num_hidden_layers * (2 if config.gradient_checkpointing else 34) + (34 if config.gradient_checkpointing else 0)
-    parts = {"weights": policy.model.num_parameters() * size, "adapter and optimiser": adapter * 16,
+    parts = {"weights": policy.model.get_memory_footprint(), "adapter and optimiser": adapter * 16,
              "cache": cache,
              "activations": config.microbatch * (length * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12)}
     parts = {name: n / 1e9 for name, n in parts.items()}
@@ -710,9 +719,10 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
     needed, parts = memory_plan(policy, config) if config.policy == "vlm" else (0.2, {"CNN": 0.2})
-    if config.device == "cuda" and needed > (there := torch.cuda.mem_get_info()[1] / 1e9):
-        parser.error(f"{needed:.0f} GB do not fit into this card's {there:.0f}: try --gradient-checkpointing, a smaller --microbatch, "
-                     "--num-envs, --lora-rank or --max-new-tokens")
+    there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
+    if needed > there / 1e9:
+        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: try --gradient-checkpointing, --quantize 4bit, "
+                     "a smaller --microbatch, --num-envs, --lora-rank or --max-new-tokens")
     try:
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights and config.policy == "vlm":

@@ -4,6 +4,7 @@ Each has its own processor, kind of tokenizer and chat template. Qwen2.5-VL's pr
 nobody plays here), so its model is tested behind a processor made of its own parts.
 """
 import json
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -91,6 +92,7 @@ def llava():
 
 class QwenProcessor:
     """What Qwen's processor does with pictures, without its half for videos."""
+    chat_template = "in Python, below"
 
     def __init__(self, tokenizer):
         self.tokenizer, self.image = tokenizer, "<|image_pad|>"
@@ -254,3 +256,21 @@ def test_a_whole_run_with_another_model(family, checkpoints, tmp_path, capsys):
     answers = policy.demonstrate(*states()[:2], ['{"action": "hit"}'] * 6)
     again, _ = train.load_run(out)
     torch.testing.assert_close(policy.evaluate(answers).logp_action, again.evaluate(answers).logp_action)
+
+
+@pytest.mark.parametrize("what", ["no weights", "no chat template", "text only", "nothing"])
+def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, tmp_path, capsys):
+    folder = tmp_path / "model"
+    if what == "nothing":
+        folder.mkdir()
+    elif what == "text only":
+        tf.MistralForCausalLM(tf.MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         num_key_value_heads=2, vocab_size=50)).save_pretrained(folder)
+    else:
+        shutil.copytree(checkpoints("llava"), folder)
+        for file in folder.glob("*.safetensors" if what == "no weights" else "chat_template*"):
+            file.unlink()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--env", "blackjack", "--model", str(folder), "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(folder) in error and not (tmp_path / "run").exists()
