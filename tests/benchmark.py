@@ -4,11 +4,15 @@
     python tests/benchmark.py --model DIR --env points24 --json benchmark.json
 
 *The paper's schedule* is one environment and one sample at a time in rollout and update, answers padded to twice
-the longest, and a second full forward pass to score what was sampled. It runs through the same code here, so that the
+the longest, the adapter apart from the weights, and a second full forward pass to score what was sampled. It runs through the same code here, so that the
 difference is the schedule alone. *The limit* is the model's arithmetic, counted by hand, over the rate of matrix products
 of this model's shapes, measured in the same run. Phases alternate between the schedules, several rounds, and the
 median counts, so that a noisy machine hits all of them.
+
+`--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width.
 """
+import contextlib
+import copy
 import json
 import resource
 import statistics
@@ -68,6 +72,7 @@ class Bench:
 
     def rollout(self, n, steps, paper=False):
         games, rng = self.games[n], np.random.default_rng(0)
+        self.policy.merged = contextlib.nullcontext if paper else type(self.policy).merged.__get__(self.policy)
         for _ in range(steps):
             answers = self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
             if paper:  # scored again, padded, in a pass of its own
@@ -166,6 +171,64 @@ def copy_rate(policy):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Growth
+
+
+def sized(patches=5, width=128, tokens=32):
+    """The embedded model with patches x patches picture tokens and another width, untrained, writing exactly `tokens` tokens."""
+    model, processor = load_model("tiny")
+    config = copy.deepcopy(model.config)
+    config.vision_config.image_size = 20 * patches
+    config.text_config.hidden_size, config.text_config.intermediate_size = width, 3 * width
+    processor.image_processor.size = {"height": 20 * patches, "width": 20 * patches}
+    policy = VLMPolicy(type(model)(config), processor, max_new_tokens=tokens)
+    policy.eos, policy.forbidden = set(), policy.forbidden.clone()
+    policy.forbidden[processor.tokenizer.eos_token_id] = -torch.inf
+    policy.add_lora(16, 32)
+    return policy
+
+
+def growth(file, rounds):
+    """Plot seconds of a sampling and of a gradient step, and the gradient step's memory, against each size; print the fitted exponents."""
+    from matplotlib.figure import Figure
+    from torch.profiler import ProfilerActivity, profile
+
+    axes = {"environments": [(dict(), n, n) for n in (4, 16, 64, 256)],
+            "tokens of the answer": [(dict(tokens=t), 16, t) for t in (16, 32, 64, 128)],
+            "tokens of the picture": [(dict(patches=p), 16, p * p) for p in (3, 5, 10, 15)],
+            "width of the language model": [(dict(width=w), 16, w) for w in (64, 128, 256, 512)]}
+    figure = Figure(figsize=(4 * len(axes), 3.6), layout="constrained")
+    for panel, (name, settings) in zip(figure.subplots(1, len(axes)), axes.items()):
+        measured = {"sampling (s)": [], "gradient (s)": [], "gradient's memory (GB)": []}
+        for sizes, n, _ in settings:
+            policy, games = sized(**sizes), env.Games("blackjack", n, 0)
+            asked = [prompts.build_prompt(info) for info in games.infos]
+            answers = policy.act(games.images, asked)
+
+            def step():
+                scores = policy.evaluate(answers)
+                (scores.logp_cot + scores.logp_action + scores.value).sum().backward()
+
+            step()
+            measured["sampling (s)"].append(statistics.median(seconds(policy.act, games.images, asked)[0] for _ in range(rounds)))
+            measured["gradient (s)"].append(statistics.median(seconds(step)[0] for _ in range(rounds)))
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                scores = policy.evaluate(answers)
+            measured["gradient's memory (GB)"].append(sum(max(event.self_cpu_memory_usage, 0) for event in profiled.events()) / 1e9)
+            del scores
+        sizes = [size for *_, size in settings]
+        print(f"{name} {sizes}")
+        for what, values in measured.items():
+            exponent = np.polyfit(np.log(sizes), np.log(values), 1)[0]
+            print(f"  {what:<24} exponent {exponent:5.2f}   " + "  ".join(f"{value:.3f}" for value in values))
+            panel.loglog(sizes, values, "o-", label=f"{what}, exponent {exponent:.2f}")
+        panel.set(xlabel=name)
+        panel.legend(frameon=False, fontsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=90)
+
+
+# ---------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -175,8 +238,11 @@ def main():
     parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
     parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--growth", type=Path, metavar="FILE", help="instead, a plot (PNG) of how the embedded model's cost grows, and the exponents")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.growth:
+        return growth(args.growth, args.rounds)
     preset = "tiny" if args.model == "tiny" else "paper"
     config = argparse_namespace(**train.DEFAULTS | train.PRESETS[preset] | train.TASK_PRESETS.get((preset, args.env), {})
                                 | {"env": args.env, "model": args.model})
