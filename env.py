@@ -619,7 +619,7 @@ def alfworld_engine():
             from alfworld.agents.utils.misc import Demangler
             from alfworld.gen.goal_library import gdict
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-            from textworld.envs.pddl import logic
+            from textworld.envs.pddl import logic, textgen
             from textworld.generator.game import EntityInfo
             from textworld.logic import Rule
     finally:
@@ -637,6 +637,8 @@ def alfworld_engine():
 
     # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
     fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
+    # The grammar copies its context at every symbol, deeply, though nothing changes what is in it: a third of a step.
+    textgen.copy_context = lambda context: context | {"variables": dict(context["variables"]), "mapping": dict(context["mapping"])}
     Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)  # the grammar's few conditions, 1 ms a step
     return SimpleNamespace(
         constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,

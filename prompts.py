@@ -129,13 +129,13 @@ def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
     """Prompts and answers from randomly played episodes of the tasks `names`: what the tiny model's tokenizer learns from."""
     rng, texts = np.random.default_rng(seed), []
     for name in names:
-        game = gym.make(env.env_id(name), obs=obs)
+        game = gym.make(env.env_id(name), obs="text")  # draws nothing
         for episode in range(episodes):
             _, info = game.reset(seed=seed + episode)
             over, steps = False, 0
             while not over and steps < 25:
                 action = int(rng.integers(len(info["legal_actions"])))
-                texts += [build_prompt(info, style), demonstration(info, info["legal_actions"][action], style)]
+                texts += [build_prompt(info | {"obs": obs}, style), demonstration(info, info["legal_actions"][action], style)]
                 _, _, terminated, truncated, info = game.step(action)
                 over, steps = terminated or truncated, steps + 1
     return texts
