@@ -6,12 +6,20 @@
 An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
 """
 import argparse
+import base64
+import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import textwrap
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -39,6 +47,101 @@ def model_agent(policy, rng, style="full"):
         answers = policy.act(images, [prompts.build_prompt(info, style) for info in infos])
         return [prompts.parse_action(answer.text, info["legal_actions"], rng) for answer, info in zip(answers, infos)]
     return agent
+
+
+class ApiError(Exception):
+    """What a server behind --api-base refused, or that the limit of requests is reached, in one line."""
+
+
+class ApiModel:
+    """A model behind an OpenAI-compatible chat completion endpoint, zero-shot; `act` is that of `VLMPolicy`, with texts alone.
+
+    Every answer is kept in the file `cache` (JSON lines), so that an evaluation that stopped goes on without paying twice. Refusals
+    (429), faults of the server (5xx) and time-outs are asked again, `tries` times, after 1, 2, 4, ... seconds. What is no chat completion,
+    or longer than `max_bytes`, counts as an empty answer. Raises ApiError where the server refuses for good or `max_requests` are spent.
+    """
+    tries, max_bytes, max_characters = 6, 1_000_000, 10_000
+
+    def __init__(self, base, name, key, cache, max_requests=math.inf, timeout=60, wait=time.sleep):
+        import httpx2
+        from huggingface_hub import InferenceClient, set_client_factory
+
+        def bound(response):
+            """A body that is too long, or drips in for longer than the time-out, is given up."""
+            body, began = response.stream, time.monotonic()
+
+            class Bounded(httpx2.SyncByteStream):
+                def __iter__(self):
+                    size = 0
+                    for chunk in body:
+                        size += len(chunk)
+                        if size > ApiModel.max_bytes:
+                            raise ValueError("too long")
+                        if time.monotonic() - began > timeout:
+                            raise httpx2.ReadTimeout("too slow")
+                        yield chunk
+
+                def close(self):
+                    body.close()
+
+            response.stream = Bounded()
+
+        set_client_factory(lambda: httpx2.Client(event_hooks={"response": [bound]}))
+        # Without a key of its own the client would send the user's Hugging Face token to a stranger.
+        self.client = InferenceClient(base_url=base, api_key=key or "none", timeout=timeout)
+        self.base, self.name, self.key, self.max_requests, self.wait = base, name, key, max_requests, wait
+        self.requests, self.asked, self.lock, self.known = 0, Counter(), threading.Lock(), {}
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self.file = cache.open("a")
+        for line in cache.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                self.known |= json.loads(line)
+            else:  # torn by the end of a process
+                self.file.truncate(cache.stat().st_size - len(line))
+
+    def act(self, images, prompts):
+        """Answers, each with a `text`, to N pictures (uint8, N x H x W x 3) and prompts."""
+        keys = []
+        for image, prompt in zip(images, prompts):  # a state that comes again is asked again, for another sample
+            question = hashlib.sha256(f"{self.name}\0{prompt}\0".encode() + image.tobytes()).hexdigest()
+            self.asked[question] += 1
+            keys.append(f"{question}-{self.asked[question]}")
+        with ThreadPoolExecutor(8) as pool:
+            return [SimpleNamespace(text=text) for text in pool.map(self._answer, keys, images, prompts)]
+
+    def _answer(self, key, image, prompt):
+        if key not in self.known:
+            text = self._ask(image, prompt)
+            with self.lock:
+                self.known[key] = text
+                self.file.write(json.dumps({key: text}) + "\n")
+                self.file.flush()
+        return self.known[key]
+
+    def _ask(self, image, prompt):
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+
+        Image.fromarray(image).save(picture := io.BytesIO(), "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]}]
+        for attempt in range(self.tries):
+            with self.lock:
+                if self.requests >= self.max_requests:
+                    raise ApiError(f"--max-requests {self.max_requests} are spent; the answers are kept, the same line goes on from there")
+                self.requests += 1
+            try:
+                return str(self.client.chat_completion(messages, model=self.name, max_tokens=512).choices[0].message.content or "")[:self.max_characters]
+            except (InferenceTimeoutError, httpx2.TransportError) as error:
+                reason = type(error).__name__
+            except HfHubHTTPError as error:
+                reason = f"{error.response.status_code} {error.response.text}"
+                if error.response.status_code < 500 and error.response.status_code != 429:
+                    break
+            except (ValueError, TypeError, LookupError, AttributeError):
+                return ""
+            self.wait(2 ** attempt)
+        raise ApiError(f"{self.base}: {ascii(reason.replace(self.key or reason, '(key)') if self.key else reason)[1:-1][:300]}")
 
 
 def wilson_interval(successes, n, z=1.96):
@@ -193,10 +296,23 @@ def main():
     parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
     parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
+    parser.add_argument("--api-base", metavar="URL", help="evaluate a model behind an OpenAI-compatible endpoint; key in the variable API_KEY")
+    parser.add_argument("--api-model", metavar="NAME", help="its name there")
+    parser.add_argument("--max-requests", type=env.positive_int, default=math.inf, help="of --api-base: stop before there are more")
+    parser.add_argument("--cache", type=Path, default=Path("runs/api-cache.jsonl"), help="of --api-base: file for all answers, which are paid for once")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     rng, episodes = np.random.default_rng(args.seed), getattr(args, "episodes", 4 if args.gif else 1000)
-    if args.policy in ("random", "expert"):
+    if args.api_base:
+        if not args.env or not args.api_model or not args.api_base.startswith(("http://", "https://")):
+            parser.error("--api-base URL needs --api-model NAME and --env")
+        args.policy, obs = f"api:{args.api_model}", "image"
+        try:
+            model = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
+        except OSError as error:
+            parser.error(f"cannot write {args.cache}: {error.strerror}")
+        agent = model_agent(model, rng)
+    elif args.policy in ("random", "expert"):
         if not args.env or args.recognition:
             parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
         agent, obs = random_agent(rng) if args.policy == "random" else expert_agent, "image"
@@ -227,7 +343,12 @@ def main():
             result = {"env": args.env, "policy": args.policy, "trials": args.trials, "recognition": shares}
             lines = [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
             return print(json.dumps(result) if args.json else "\n".join([f"{args.env}, {args.policy}, {args.trials} answers", *lines]))
-    result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
+    try:
+        result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
+    except ApiError as error:
+        parser.error(str(error))
+    if args.api_base:
+        result["requests"] = model.requests
     print(json.dumps(result) if args.json else f"{args.env}, seed {args.seed}\n{table({args.policy: result})}")
 
 
