@@ -1117,11 +1117,16 @@ def split_info(infos):
 # On its own: play in the terminal
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers bad input with one line and exit code 2."""
+    """An argument parser that shows defaults where there are some, and answers bad input with one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=_Help, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

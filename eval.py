@@ -131,7 +131,8 @@ class ApiModel:
                     raise ApiError(f"--max-requests {self.max_requests} are spent; the answers are kept, the same line goes on from there")
                 self.requests += 1
             try:
-                return str(self.client.chat_completion(messages, model=self.name, max_tokens=512).choices[0].message.content or "")[:self.max_characters]
+                reply = self.client.chat_completion(messages, model=self.name, max_tokens=512)
+                return str(reply.choices[0].message.content or "")[:self.max_characters]
             except (InferenceTimeoutError, httpx2.TransportError) as error:
                 reason = type(error).__name__
             except HfHubHTTPError as error:
@@ -295,11 +296,12 @@ def main():
     parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
     parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
     parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
-    parser.add_argument("--gif", type=Path, metavar="FILE", help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
+    parser.add_argument("--gif", type=Path, metavar="FILE",
+                        help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
     parser.add_argument("--api-base", metavar="URL", help="evaluate a model behind an OpenAI-compatible endpoint; key in the variable API_KEY")
     parser.add_argument("--api-model", metavar="NAME", help="its name there")
     parser.add_argument("--max-requests", type=env.positive_int, default=math.inf, help="of --api-base: stop before there are more")
-    parser.add_argument("--cache", type=Path, default=Path("runs/api-cache.jsonl"), help="of --api-base: file for all answers, which are paid for once")
+    parser.add_argument("--cache", type=Path, default=Path("runs/api-cache.jsonl"), help="of --api-base: file for all answers, each paid for once")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     rng, episodes = np.random.default_rng(args.seed), getattr(args, "episodes", 4 if args.gif else 1000)
@@ -309,8 +311,8 @@ def main():
         args.policy, obs = f"api:{args.api_model}", "image"
         try:
             model = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
-        except OSError as error:
-            parser.error(f"cannot write {args.cache}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            parser.error(f"cannot use --cache {args.cache}: {error}")
         agent = model_agent(model, rng)
     elif args.policy in ("random", "expert"):
         if not args.env or args.recognition:

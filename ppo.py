@@ -124,10 +124,11 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
 
     policy.evaluate(list of answers) gives `Scores`: logp_cot, logp_action, value, entropy, each (batch,), with
-    gradients. With rollout.logps every token has a ratio of its own. A mini-batch of `minibatch` steps makes one optimiser step, in pieces of `microbatch` that fit
-    into memory. target_kl ends the update early once a mini-batch's approx_kl passes 1.5 times it; kl_coef weighs
-    the drift of the thoughts. Shuffling takes torch's global generator. A mini-batch with a gradient that is not finite,
-    or with a ratio past exp(MAX_LOG_RATIO), is skipped; more than MAX_SKIPPED in a row raise FloatingPointError.
+    gradients. With rollout.logps every token has a ratio of its own. A mini-batch of `minibatch` steps makes one
+    optimiser step, in pieces of `microbatch` that fit into memory. target_kl ends the update early once a mini-batch's
+    approx_kl passes 1.5 times it; kl_coef weighs the drift of the thoughts. Shuffling takes torch's global generator.
+    A mini-batch with a gradient that is not finite, or with a ratio past exp(MAX_LOG_RATIO), is skipped; more than
+    MAX_SKIPPED in a row raise FloatingPointError.
 
     Under torch.distributed every process brings a rollout of the same size, and a mini-batch is the union of their
     shares: the advantages are normalised and the gradients summed over all of them.

@@ -727,8 +727,8 @@ def main(argv=None):
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
                 raise Refused(f"{out / 'sft'} is missing")
-            size = sum(p.numel() for name, p in policy.named_parameters() if "value_head" not in name)
-            say(f"{config.env}: {config.model if config.policy == 'vlm' else 'CNN'} ({size / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
+            name, size = config.model if config.policy == "vlm" else "CNN", sum(p.numel() for n, p in policy.named_parameters() if "value" not in n)
+            say(f"{config.env}: {name} ({size / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
                 + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}\nmemory expected: {needed:.1f} GB = "
                 + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
             return train(policy, config, run, cached, weights)
