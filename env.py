@@ -971,6 +971,90 @@ class ALFWorldEnv(Game):
         return picture
 
 
+class ALFWorldThorEnv(Game):
+    """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, games of the data set; else as `ALFWorldEnv`.
+
+    engine: an `AlfredThorEnv` of one game, made from ALFWORLD_DATA where it is left out. Of the state, `visible` and `carried` are
+    what the engine's words say, and `subgoal` is the expert's next command.
+    """
+    name, actions = "alfworld", ALFWorldEnv.actions
+    illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
+
+    def __init__(self, render_mode=None, obs="image", split="train", engine=None):
+        self.engine = engine or thor_engine(split)
+        super().__init__(render_mode, obs)
+        self.action_space = LegalIndices(len(self.actions))
+
+    def deal(self):
+        files = sorted(self.engine.json_file_list)
+        self.game, self.played, self.carried = files[self.np_random.integers(len(files))], [], ""
+        self._order(None, True, self.game)
+
+    def play(self, action):
+        self._order(action, False, "")
+        self.played.append(action)
+        won, rate = bool(self._infos["won"][0]), float(self._infos["goal_condition_success_rate"][0])
+        return 50 * won + rate, won, not won and len(self.played) >= self.max_steps
+
+    def restore(self, snapshot):
+        self._order(None, True, snapshot["game"])
+        for action in snapshot["played"]:
+            self._order(action, False, "")
+        return super().restore(snapshot)
+
+    def _order(self, *order):
+        """Let the engine's thread play an action or begin a game: (action or None, whether to begin, file of the game)."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine.action_queues[0].put(order)
+            said, _, self._infos = self.engine.wait_and_get_info()
+        self._said = said[0]
+        if taken := re.search(r"You pick up the (\w+ \d+)", self._said):
+            self.carried = taken[1]
+        elif "You put the" in self._said:
+            self.carried = ""
+        if task := re.search(r"Your task is to: (.*?)\.?$", self._said):
+            self._task = task[1]
+        self._commands = sorted({*self._infos["admissible_commands"][0]} - {"look", "inventory", "help"})
+        self.action_space.legal = len(self._commands)
+
+    def legal_actions(self):
+        return self._commands[:len(self.actions)]
+
+    def state(self):
+        plan = self._infos["extra.expert_plan"][0]
+        expert = plan[0] if plan and plan[0] in self._commands else self._commands[0]
+        kind = next((kind for kind, task in ALFRED_TASKS.items() if task in str(self._infos["extra.gamefile"][0])), "")
+        won, sight = bool(self._infos["won"][0]), re.search(r"you see (.*)", self._said)
+        return {"task": self._task, "task_type": kind, "observation": self._said, "carried": self.carried, "won": won, "success": won,
+                "visible": re.findall(r"an? (\w+ \d+)", sight[1]) if sight else [], "goal_conditions": float(
+                    self._infos["goal_condition_success_rate"][0]), "subgoal": expert, "expert": expert}
+
+    expert = staticmethod(ALFWorldEnv.expert)
+
+    def draw(self):
+        frame = self.engine.get_frames()[0]  # (height, width, 3) uint8, blue first
+        return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1])).resize((SIZE, SIZE))
+
+
+def thor_engine(split):
+    """An `AlfredThorEnv` that plays one game at a time. Raises ValueError where the simulator, a display or the data are missing."""
+    if "ALFWORLD_DATA" not in os.environ:
+        raise ValueError("the THOR engine plays the data set's games: run alfworld-download and set ALFWORLD_DATA")
+    folder = Path(os.environ["ALFWORLD_DATA"]).expanduser() / "json_2.1.1" / SPLITS[split]
+    data_set(folder)
+    config = {"dataset": {"data_path": str(folder), "num_train_games": -1},
+              "env": {"task_types": [1, 2, 3, 4, 5, 6], "goal_desc_human_anns_prob": 0.0, "thor": {
+                  "screen_width": SIZE, "screen_height": SIZE, "smooth_nav": False, "save_frames_to_disk": False, "save_frames_path": ""}},
+              "controller": {"type": "oracle", "load_receps": True, "debug": False},
+              "general": {"training_method": "dagger"}, "dagger": {"training": {"max_nb_steps_per_episode": ALFWorldEnv.max_steps}}}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from alfworld.agents.environment.alfred_thor_env import AlfredThorEnv
+            return AlfredThorEnv(config, "train").init_env(1)  # of all splits only this one has the expert
+    except Exception as error:  # whatever a simulator without a display may raise
+        raise ValueError(f"the THOR engine does not start ({error}): it needs a display and pip install 'alfworld[full]'") from None
+
+
 def kind_of(name):
     return name.split(" ")[0]
 

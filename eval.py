@@ -347,7 +347,7 @@ def main():
             return print(json.dumps(result) if args.json else "\n".join([f"{args.env}, {args.policy}, {args.trials} answers", *lines]))
     try:
         result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
-    except ApiError as error:
+    except (ApiError, ValueError) as error:  # refused by a server, or by an environment that lacks its data
         parser.error(str(error))
     if args.api_base:
         result["requests"] = model.requests

@@ -23,6 +23,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import psutil
 import torch
@@ -45,7 +46,7 @@ from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", quantize=None, seed=0,
+DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", alfworld="text", quantize=None, seed=0,
                 eval_episodes=1000)
 # The authors' settings and those of the embedded model, then what a task changes.
 PRESETS = {
@@ -84,7 +85,7 @@ PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  #
 
 def parse_args(argv=None):
     """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
-    parser = env.Parser(description=__doc__.split("\n\n")[0])
+    parser = env.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s --env ENV [--cot-scale LAMBDA] [other flags]")
     rate = lambda text: _within(text, 0, 1)  # noqa: E731
     scale = lambda text: text if text == "auto" else rate(text)  # noqa: E731
     size = env.positive_int
@@ -110,6 +111,7 @@ def parse_args(argv=None):
     add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
     add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]",
         choices=["bfloat16", "float32"])
+    add("--alfworld", "engine of alfworld: text, with drawings, or the simulator thor (ai2thor, a display, the data set)", choices=["text", "thor"])
     add("--quantize", "base weights in 4 bits instead, with bitsandbytes on cuda", choices=["4bit"])
     add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise", type=scale)
     add("--ratio", "one probability ratio a step, with lambda, or one a token, without", choices=["step", "token"])
@@ -566,6 +568,14 @@ def sft_key(config):
     return f"{config.env}-{digest.hexdigest()[:12]}"
 
 
+def prepare(config):
+    """Choose ALFWorld's engine, and see that every task can be made. Raises ValueError where it cannot."""
+    if config.alfworld == "thor":
+        env.register(env.ALFWorldThorEnv)
+    for name in config.env.split(","):
+        gymnasium.make(env.env_id(name)).close()
+
+
 def build_policy(config, weights=None):
     """A fresh policy for `config`; with the SFT weights, or the SFT adapter merged, of the folder `weights` where one is given."""
     torch.manual_seed(config.seed)
@@ -614,6 +624,7 @@ def load_run(directory, which="rl"):
     Raises OSError or ValueError where the directory holds no finished run.
     """
     config = complete(json.loads((directory / "config.json").read_text()))
+    prepare(argparse.Namespace(**config))
     if which == "sft" and config["policy"] == "cnn":
         raise ValueError("a CNN has no SFT")
     policy = build_policy(argparse.Namespace(**config), directory / "sft" if which != "untrained" else None)
@@ -708,6 +719,10 @@ def main(argv=None):
     if "--sweep" in argv:
         return sweep(argv)
     parser, config, out = parse_args(argv)
+    try:
+        prepare(config)
+    except ValueError as error:
+        parser.error(str(error))
     if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if (out / "curve.png").exists():

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import env
+import prompts
+import train
 
 KINDS = list(env.ALFRED_TASKS)
 ROOT = Path(env.__file__).parent
@@ -271,3 +273,72 @@ def test_processes_make_the_same_games_at_once_in_silence(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], err + err2
     assert out == out2 == "" and err == err2
     assert not list(tmp_path.rglob(".*"))  # no half-written games
+
+
+class Simulator:
+    """A stand-in of `AlfredThorEnv` with one game: the same calls and the same words, a frame of pure blue above, red below."""
+    json_file_list = ["data/pick_heat_then_place_in_recep-Mug-None-Shelf-1/trial/traj_data.json"]
+
+    def __init__(self):
+        self.action_queues, self.plan = [self], ["go to desk 1", "take mug 1 from desk 1", "put mug 1 in/on shelf 1"]
+
+    def put(self, order):
+        action, reset, file = order
+        self.at = 0 if reset else self.at + (action == self.plan[self.at])
+        said = "Looking quickly around you, you see a desk 1, and a shelf 1.\n\nYour task is to: put a hot mug in shelf."
+        self.said = said if reset else "Nothing happens." if not self.at else (
+            "You arrive at loc 3. On the desk 1, you see a book 2, and a mug 1.", "You pick up the mug 1 from the desk 1.",
+            "You put the mug 1 in/on the shelf 1.")[self.at - 1]
+
+    def wait_and_get_info(self):
+        print("the package prints")
+        return [self.said], [False], {"admissible_commands": [[*self.plan, "look", "inventory"]], "won": [self.at == 3],
+                                      "goal_condition_success_rate": [self.at / 3], "extra.gamefile": ["data/pick_heat_then_place_in_recep-Mug"],
+                                      "extra.expert_plan": [[self.plan[min(self.at, 2)]]]}
+
+    def get_frames(self):
+        frame = np.zeros((1, 200, 400, 3), np.uint8)
+        frame[:, :100, :, 0], frame[:, 100:, :, 2] = 255, 255
+        return frame
+
+
+def test_thor_frames_words_and_rewards(capsys):
+    game = env.ALFWorldThorEnv(engine=Simulator())
+    image, info = game.reset(seed=0)
+    assert image.shape == (300, 300, 3) and image[0, 0].tolist() == [0, 0, 255] and image[-1, 0].tolist() == [255, 0, 0]  # the frame's blue came first
+    assert info["task"] == "put a hot mug in shelf" and info["task_type"] == "heat" and info["legal_actions"] == sorted(Simulator().plan)
+    assert info["visible"] == ["desk 1", "shelf 1"] and info["carried"] == ""
+    rewards = []
+    for carried in ("", "mug 1", ""):
+        _, reward, terminated, truncated, info = game.step(info["legal_actions"].index(game.expert(info)))
+        rewards.append(reward)
+        assert info["carried"] == carried
+        assert "alfworld" == info["env"] and prompts.build_prompt(info) and prompts.demonstration(info, info["expert"])
+    assert rewards == pytest.approx([1 / 3, 2 / 3, 51]) and terminated and not truncated and info["success"]
+    assert capsys.readouterr().out == ""
+
+
+def test_thor_is_cut_off_after_50_steps_and_restored_by_playing_again():
+    game = env.ALFWorldThorEnv(engine=Simulator())
+    _, info = game.reset(seed=0)
+    game.step(info["legal_actions"].index("go to desk 1"))
+    kept = json.loads(json.dumps(game.snapshot()))
+    again = env.ALFWorldThorEnv(engine=Simulator())
+    again.reset(seed=1)
+    assert again.restore(kept)[1] == game._info()
+    ends = [game.step(0)[2:4] for _ in range(49)]
+    assert not any(map(any, ends[:-1])) and ends[-1] == (False, True)
+
+
+def test_thor_without_simulator_or_data_gives_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
+    for data in (None, str(tmp_path)):
+        monkeypatch.delenv("ALFWORLD_DATA", raising=False) if data is None else monkeypatch.setenv("ALFWORLD_DATA", data)
+        with pytest.raises(SystemExit, match="2"):
+            train.main(["--env", "alfworld", "--alfworld", "thor", "--out", str(tmp_path / "run")])
+        assert "alfworld-download" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    game = tmp_path / "json_2.1.1/train/pick_heat_then_place_in_recep-A/trial/game.tw-pddl"
+    game.parent.mkdir(parents=True)
+    game.write_text("{}")
+    with pytest.raises(ValueError, match="display and pip install"):
+        env.thor_engine("train")
