@@ -279,7 +279,8 @@ def main():
     limits = {"PPO samples": 2 * (vision + language) / rate, "SFT samples": 3 * (vision + language) / rate,
               "rollout steps, 64 envs": (vision + language) / decode_rate}
     length = statistics.mean(len(a.tokens) for a in answers)
-    print(f"{args.model}, {args.env}, {args.threads} threads, answers of {length:.0f} tokens, {rate / 1e9:.0f} GFLOP/s for these shapes "
+    prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
+    print(f"{args.model}, {args.env}, {args.threads} threads, prompts of {prompt:.0f} and answers of {length:.0f} tokens, {rate / 1e9:.0f} GFLOP/s for these shapes "
           f"({decode_rate / 1e9:.0f} while decoding), {args.rounds} rounds\n")
     print(f"{'phase':<24} {'ours':>9} {'paper':>9} {'ratio':>6} {'limit':>9} {'of it':>6}     (units a second)")
     results = {}
