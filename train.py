@@ -124,6 +124,7 @@ def parse_args(argv=None):
     add("--sweep", "an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 ratio=token), for every one "
         "of --seeds; writes table.md, table.json and curves.png into --out", nargs="+", metavar="FLAG=V,V")
     add("--seeds", "of --sweep [0]", metavar="S,S")
+    add("--quick", "--sweep at a size that shows only whether it works: 20 steps of SFT, 512 environment steps, 50 episodes", action="store_true")
 
     group = parser.add_argument_group("rollout")
     add("--env-steps", "environment steps in all", type=size)
@@ -657,8 +658,10 @@ def sweep(argv):
     parser = env.Parser(prog="train.py --sweep")
     parser.add_argument("--sweep", nargs="+", metavar="FLAG=V,V")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--quick", action="store_const", const="--sft-steps 20 --env-steps 512 --eval-episodes 50".split(), default=[])
     parser.add_argument("--out", type=Path, required=True)
     args, rest = parser.parse_known_args(argv)
+    rest += args.quick
     runs = {}
     for flag, value in ((flag, value) for flag, _, values in (axis.partition("=") for axis in args.sweep) for value in values.split(",")):
         for seed in args.seeds.split(","):
