@@ -706,7 +706,7 @@ def plot_sweep(runs):
             steps = [step for step, _ in seeds[0]["curve"]]
             rates = 100 * np.array([[rate or 0 for _, rate in run["curve"]] for run in seeds], float)
             color = f"C{i}"
-            axes.plot(steps, rates.mean(0), color=color, label=name.removeprefix(f"{task}, "))
+            axes.plot(steps, rates.mean(0), ".-", color=color, label=name.removeprefix(f"{task}, "))
             axes.fill_between(steps, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
         for reference, color in (("random", "#9a9a9a"), ("expert", "#1f6f54")):
             axes.axhline(100 * np.mean([run[reference]["success_rate"] for seeds in mine.values() for run in seeds]), ls="--", lw=1.2,
