@@ -137,9 +137,9 @@ class ApiModel:
                 reason = type(error).__name__
             except HfHubHTTPError as error:
                 reason = f"{error.response.status_code} {error.response.text}"
-                if error.response.status_code < 500 and error.response.status_code != 429:
+                if error.response.status_code < 500 and error.response.status_code not in (408, 429):
                     break
-            except (ValueError, TypeError, LookupError, AttributeError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 return ""
             self.wait(2 ** attempt)
         raise ApiError(f"{self.base}: {ascii(reason.replace(self.key or reason, '(key)') if self.key else reason)[1:-1][:300]}")
@@ -206,7 +206,7 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
             for answer, info in zip(answers, games.infos):
                 try:
                     said = dict(json.loads(answer.text))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     said = {}  # no JSON object, so nothing was read
                 right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
             bar.update(len(answers))
@@ -231,7 +231,7 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
         truth = json.loads(prompts.demonstration(info, action, style))
         try:
             said = dict(json.loads(answer.text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             said = {"answer": answer.text}
         said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key)) for key, value in said.items()}
         step = games.step([action])
@@ -271,17 +271,18 @@ def _frame(image, said, *notes):
 
 def table(rows):
     """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
-    lines = [f"{'policy':<10} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
+    wide = max(10, *map(len, rows))
+    lines = [f"{'policy':<{wide}} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
     for name, r in rows.items():
         low, high = r["ci95"]
-        lines.append(f"{name:<10} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  {r['mean_return']:>+7.2f}  "
+        lines.append(f"{name:<{wide}} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  {r['mean_return']:>+7.2f}  "
                      f"{r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
     kinds = next(iter(rows.values())).get("by_task_type", ())
     if kinds:
-        lines += ["", f"{'success in':<10} " + " ".join(f"{kind:>8}" for kind in kinds) + f" {'average':>8}"]
+        lines += ["", f"{'success in':<{wide}} " + " ".join(f"{kind:>8}" for kind in kinds) + f" {'average':>8}"]
         for name, r in rows.items():
             rates = [r["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
-            lines.append(f"{name:<10} " + " ".join(f"{rate:>8.1%}" for rate in [*rates, sum(rates) / len(rates)]))
+            lines.append(f"{name:<{wide}} " + " ".join(f"{rate:>8.1%}" for rate in [*rates, sum(rates) / len(rates)]))
     return "\n".join(lines)
 
 
@@ -355,4 +356,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

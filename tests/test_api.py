@@ -75,7 +75,7 @@ def drop(handler):
     handler.close_connection = True
 
 
-@pytest.mark.parametrize("trouble", [(429, "slow down"), (500, "oops"), (503, ""), drop])
+@pytest.mark.parametrize("trouble", [(408, "too slow"), (429, "slow down"), (500, "oops"), (503, ""), drop])
 def test_what_may_pass_is_asked_again_after_longer_and_longer_waits(server, tmp_path, trouble):
     waits.clear()
     server.replies = [trouble, trouble, GOOD]
@@ -103,7 +103,7 @@ def endless(handler):
 
 
 @pytest.mark.parametrize("reply", [(200, "<html>no JSON"), (200, '{"choices": []}'), (200, "[1, 2]"), (200, '{"choices": [{"message": {"content": null}}]}'),
-                                   (200, '{"choices": [{"mess'), endless])
+                                   (200, '{"choices": [{"mess'), (200, "[" * 100_000), endless])
 def test_nonsense_is_an_empty_answer(server, tmp_path, reply):
     endless.stopped = threading.Event()
     server.replies = [reply]
