@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def metrics(out):
 
 
 @pytest.mark.parametrize("name", env.GAMES)
-def test_a_run_from_nothing(name, tmp_path, capsys):
+def test_a_run_from_nothing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prompts, "corpus", partial(prompts.corpus, episodes=10))
     results = run(tmp_path / "run", "--env", name, "--cot-scale", "0.3")[name]
     assert set(results) == {"random", "SFT", "RL", "expert"} and results["RL"]["episodes"] == 8
     rows = metrics(tmp_path / "run")
@@ -172,12 +174,12 @@ def test_a_cnn_trains_without_language_and_is_evaluated_again(tmp_path, capsys, 
 
 
 def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsys):
-    line = [*QUICK[:-2], "--env", "numberline", "--sweep", "cot-scale=0,1", "ratio=token", "--seeds", "0,1", "--out", str(tmp_path)]
+    line = [*QUICK[:-2], "--env", "numberline", "--sweep", "cot-scale=1", "ratio=token", "--seeds", "0,1", "--out", str(tmp_path)]
     train.main(line)
     table = (tmp_path / "table.md").read_text()
-    assert table.count("| numberline, ") == 3 and Image.open(tmp_path / "curves.png").size[1] > 300
+    assert table.count("| numberline, ") == 2 and Image.open(tmp_path / "curves.png").size[1] > 300
     runs = json.loads((tmp_path / "table.json").read_text())
-    assert list(runs) == ["numberline, cot-scale 0", "numberline, cot-scale 1", "numberline, ratio token"]
+    assert list(runs) == ["numberline, cot-scale 1", "numberline, ratio token"]
     assert all(len(seeds) == 2 and seeds[0]["RL"]["episodes"] == 8 for seeds in runs.values())
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/metrics.jsonl")}
     shutil.rmtree(tmp_path / "cot-scale-1-seed1")
