@@ -110,9 +110,10 @@ class VLMPolicy(nn.Module):
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         width = model.get_output_embeddings().in_features
-        # MLP D -> 1024 -> 512 -> 1 on the last hidden state of the prompt's last token (paper, appendix).
-        self.value_head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
-                                        nn.Linear(512, 1)).to(model.device)
+        # MLP D -> 1024 -> 512 -> 1 on the last hidden state of the prompt's last token (paper, appendix), standardised: most
+        # of a hidden state is the same for all pictures, and what differs is too faint for the head to find (`standardise`).
+        self.value_head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, 1024), nn.ReLU(),
+                                        nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device).eval()
         # The language head's input is the last hidden state, whatever the model family calls it.
         model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
         eos = model.generation_config.eos_token_id
@@ -230,6 +231,15 @@ class VLMPolicy(nn.Module):
 
     def value_of_last_token(self):
         return self.value_head(self.hidden[:, 0].float()).squeeze(-1)
+
+    @torch.no_grad()
+    def standardise(self, answers, microbatch=64):
+        """Let the value head see the states of these `Answer`s with mean 0 and variance 1 in every component."""
+        hidden = []
+        for i in range(0, len(answers), microbatch):
+            self.evaluate(answers[i: i + microbatch])
+            hidden.append(self.hidden[:, 0].float())
+        self.value_head[0].running_var, self.value_head[0].running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
 
     @torch.no_grad()
     def value(self, images, prompts):

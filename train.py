@@ -380,6 +380,10 @@ def reinforce(policy, config, run):
         for update in range(first, updates):
             optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
+            if not update and config.policy == "vlm":
+                policy.standardise(rollout.answers, config.microbatch)
+                for x in policy.value_head.buffers() if RANKS > 1 else ():
+                    dist.broadcast(x, src=0)
             collected, cot_scale = time.time(), config.cot_scale
             if cot_scale == "auto":
                 cot_scale = auto_cot_scale([a.logps for a in rollout.answers], [a.action_at for a in rollout.answers])
@@ -483,7 +487,8 @@ class Run:
 
     def checkpoint(self, stage, index, policy, optimizer, **state):
         """Save all that `restore` needs, under a number `index` that grows; stops the run where a signal asked for it."""
-        tensors = {f"policy.{name}": p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        tensors = {f"policy.{name}": x.detach() for name, x in [*trained, *policy.value_head.named_buffers("value_head")]}
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
         mine = (self.signal, state, torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)

@@ -24,6 +24,7 @@ def policy():
     for name, p in policy.model.named_parameters():  # an adapter that does something
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
+    policy.standardise(demonstrations(policy, "blackjack", 16))
     return policy
 
 
@@ -129,6 +130,16 @@ def test_lora_reaches_vision_tower_projector_and_language_model(policy):
     s.value.sum().backward()
     assert all(p.grad is not None for name, p in policy.model.named_parameters() if p.requires_grad)
     policy.zero_grad()
+
+
+def test_the_value_head_sees_every_component_of_a_state_at_one_scale(policy):
+    answers = demonstrations(policy, "blackjack", 16)
+    seen = []
+    hook = policy.value_head[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    policy.evaluate(answers)
+    hook.remove()
+    torch.testing.assert_close(seen[0].mean(0), torch.zeros(seen[0].shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[0].std(0, correction=0), torch.ones(seen[0].shape[1]), atol=0.02, rtol=0)
 
 
 def test_save_and_load(policy, tmp_path):
