@@ -9,7 +9,8 @@ difference is the schedule alone. *The limit* is the model's arithmetic, counted
 of this model's shapes, measured in the same run. Phases alternate between the schedules, several rounds, and the
 median counts, so that a noisy machine hits all of them.
 
-`--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width.
+`--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width;
+`--model random-llava-1.6-7b` the paper's model on a GPU, with random weights and no download (on a CPU an eighth of its width and depth).
 """
 import contextlib
 import copy
@@ -89,12 +90,7 @@ class Bench:
         return answers[:n]
 
     def update(self, answers, microbatch):
-        shape = (1, len(answers))
-        logps = torch.tensor([[[a.logp_cot, a.logp_action, a.value] for a in answers]])
-        false = torch.zeros(shape, dtype=torch.bool)
-        rollout = Rollout(answers, *logps.float().unbind(-1), torch.zeros(shape), torch.randn(shape), ~false, false)
-        ppo_update(self.policy, self.optimizer, rollout, cot_scale=self.config.cot_scale, epochs=1, minibatch=len(answers), microbatch=microbatch)
-        return len(answers)
+        return update(self.policy, self.optimizer, answers, microbatch, self.config)
 
     def sft(self, batch):
         games = self.games[64]
@@ -164,10 +160,10 @@ def matrix_rate(policy, rows):
     return 2 * a.numel() * b.shape[1] / statistics.median(times)
 
 
-def copy_rate(policy):
-    """Measured bytes a second that a pass over the weights can read."""
-    x = torch.randn(sum(p.numel() for p in policy.model.parameters()), device=policy.model.device)
-    return 4 * x.numel() / statistics.median(seconds(torch.sum, x)[0] for _ in range(30))
+def read_rate(device):
+    """Measured bytes a second that a pass over 2 GB of memory reads."""
+    x = torch.ones(500_000_000, device=device)
+    return 4 * x.numel() / statistics.median(seconds(torch.sum, x)[0] for _ in range(10))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,12 +225,93 @@ def growth(file, rounds):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The paper's model
+
+
+def random_llava(config):
+    """A `VLMPolicy` of LLaVA-1.6-7B's architecture, Mistral-7B and CLIP ViT-L/14 at 336 pixels, with random weights; every answer has 100 tokens."""
+    from test_models import template, tokenizer
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, MistralConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    gpu = torch.cuda.is_available()
+    part, device, dtype = (1, "cuda", torch.bfloat16) if gpu else (8, "cpu", torch.float32)
+    words = tokenizer("byte-level", "<image>")
+    architecture = LlavaConfig(
+        text_config=MistralConfig(vocab_size=32064, hidden_size=4096 // part, intermediate_size=14336 // part, num_hidden_layers=32 // part,
+                                  num_attention_heads=32 // part, num_key_value_heads=8 // part, sliding_window=None,
+                                  pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        vision_config=CLIPVisionConfig(hidden_size=1024 // part, intermediate_size=4096 // part, num_hidden_layers=24 // part,
+                                       num_attention_heads=16 // part, image_size=336, patch_size=14),
+        image_token_id=words.convert_tokens_to_ids("<image>"))
+    processor = LlavaProcessor(CLIPImageProcessorPil(size={"height": 336, "width": 336}, do_center_crop=False), words, patch_size=14,
+                               vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"))
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(architecture)
+    torch.set_default_dtype(torch.float32)
+    policy = VLMPolicy(model, processor, config.temperature, max_new_tokens=100)
+    policy.eos = set()
+    policy.forbidden[words.eos_token_id] = -torch.inf
+    policy.add_lora(config.lora_rank, config.lora_alpha)
+    policy.checkpoint_gradients()
+    return policy
+
+
+def paper_model(config, rounds, file):
+    """Print what decoding and updates take, beside their limits, and the hours of the paper's 15,000 steps; write it to `file`."""
+    policy = random_llava(config)
+    device, name = policy.model.device, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, an eighth of width and depth"
+    weights, reading = policy.model.get_memory_footprint(), read_rate(device)
+    text = policy.model.config.get_text_config()
+    print(f"random-llava-1.6-7b on {name}: {weights / 1e9:.1f} GB of weights, memory read at {reading / 1e9:.0f} GB/s")
+    result, step_seconds = {"device": name}, {}
+    sizes = (1, 8, 32, 64) if torch.cuda.is_available() else (1, 4)
+    for n in sizes:
+        games = env.Games(config.env, n, 0)
+        asked = [prompts.build_prompt(info) for info in games.infos]
+        answers = policy.act(games.images, asked)
+        prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
+        act = statistics.median(seconds(policy.act, games.images, asked)[0] for _ in range(rounds))
+        prefill = statistics.median(seconds(policy.value, games.images, asked)[0] for _ in range(rounds))
+        cache = n * (prompt + 50) * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * policy.model.dtype.itemsize
+        step_seconds[n] = act / n
+        row = {"steps a second": n / act, "prefill seconds": prefill, "tokens a second": 99 * n / (act - prefill), "limit": n * reading / (weights + cache)}
+        result[f"{n} environments"] = row | {"of the limit": row["tokens a second"] / row["limit"]}
+        print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:6.2f} steps/s, prompts read in {prefill:.2f} s, then {row['tokens a second']:6.0f} "
+              f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.0f}", flush=True)
+    optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0), 0.0
+    work = 3 * sum(flops_per_sample(policy, answers))  # forward, once more for the checkpoints, backward to the inputs
+    limit = matrix_rate(policy, int(4 * (prompt + 100))) / work
+    for microbatch in (1, 4, 16) if len(sizes) > 2 else (1,):
+        rate = 1 / statistics.median(seconds(update, policy, optimizer, answers[:16], microbatch, config)[0] / 16 for _ in range(rounds))
+        result[f"update, microbatch {microbatch}"], best = {"samples a second": rate, "of the limit": rate / limit}, max(best, rate)
+        print(f"update, microbatch {microbatch:2}: {rate:6.2f} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.2f}", flush=True)
+    n = min(32, sizes[-1])
+    hours = (15_000 * step_seconds[n] + 15_000 * config.epochs / best) / 3600
+    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB")
+    if file:
+        file.write_text(json.dumps(result | {"hours": hours, "peak_gb": memory}, indent=1))
+
+
+def update(policy, optimizer, answers, microbatch, config):
+    """One optimiser step of PPO, with made-up rewards; returns the number of its samples."""
+    shape = (1, len(answers))
+    logps = torch.tensor([[[a.logp_cot, a.logp_action, a.value] for a in answers]])
+    false = torch.zeros(shape, dtype=torch.bool)
+    rollout = Rollout(answers, *logps.float().unbind(-1), torch.zeros(shape), torch.randn(shape), ~false, false)
+    ppo_update(policy, optimizer, rollout, cot_scale=config.cot_scale, epochs=1, minibatch=len(answers), microbatch=microbatch)
+    return len(answers)
+
+
+# ---------------------------------------------------------------------------------------------------
 
 
 def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--env", choices=env.GAMES, default="blackjack", help="the task")
-    parser.add_argument("--model", default="tiny", help="tiny, or a folder with a model")
+    parser.add_argument("--model", default="tiny", help="tiny, random-llava-1.6-7b, or a folder with a model")
     parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
     parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -246,6 +323,8 @@ def main():
     preset = "tiny" if args.model == "tiny" else "paper"
     config = argparse_namespace(**train.DEFAULTS | train.PRESETS[preset] | train.TASK_PRESETS.get((preset, args.env), {})
                                 | {"env": args.env, "model": args.model})
+    if args.model == "random-llava-1.6-7b":
+        return paper_model(config, args.rounds, args.json)
     bench = Bench(config)
     policy, longest = bench.policy, 2 * config.max_new_tokens
     sft = {"ours": lambda: bench.sft(32), "paper": lambda: bench.sft(1)}
