@@ -80,13 +80,13 @@ TASKS = {
         fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
                 "hand": (["rank of each of your cards"], lambda info: ranks(info["player"]))},
         thoughts=blackjack_thoughts),
-    # About 560 characters a prompt (1100 in the data set's rooms), half of them the rules and the form, and 110 an answer.
+    # About 560 characters a prompt (1100 in the data set's rooms), half of them the rules and the form, and 130 an answer.
     "alfworld": Task(
         rules="The picture shows a task at the top, below it what is in front of you, then a map of the room and what you carry. "
               "Do the task: go to places, open them, find things, carry them",
         fields={"seen": (["each thing in front"], lambda info: info["visible"]),
                 "carrying": ("what you carry", lambda info: info["carried"] or "nothing")},
-        thoughts=lambda info: info["subgoal"],
+        thoughts=lambda info: f"{info['subgoal']}: {info['expert']}",
         state=lambda info: f"Task: {info['task']}\n{info['observation']}\n"),
 }
 CARD_TASKS = tuple(name for name in TASKS if name != "alfworld")  # those that need no engine
