@@ -637,7 +637,7 @@ def alfworld_engine():
             os.environ["ALFWORLD_DATA"] = variable
     pddl2sas = fast_downward.pddl2sas
 
-    @lru_cache(maxsize=1024)  # 0.14 MB each; in the data set's rooms up to 2 MB
+    @lru_cache(maxsize=256)  # 0.1 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
         try:
             return pddl2sas(domain, problem)
@@ -732,7 +732,7 @@ class ALFWorldEnv(Game):
     """
     name, actions = "alfworld", ("",) * 256  # at most so many; they change
     illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
-    games = {"train": 100, "unseen": 50}  # built-in games a type of task
+    games = {"train": 500, "unseen": 50}  # built-in games a type of task
 
     def __init__(self, render_mode=None, obs="image", split="train"):
         data = os.environ.get("ALFWORLD_DATA")
