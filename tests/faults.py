@@ -88,8 +88,9 @@ def kills(count):
                 rows = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
                 stage = json.loads(rows[-1])["stage"] if rows and rows[-1].endswith(b"}") else "start"
                 where[stage] = where.get(stage, 0) + 1
-                process = start("--resume", run) if (run / "config.json").exists() else start(*flags, "--out", run)
-        assert process.returncode == 0, process.communicate()[1].decode()
+                if not (run / "curve.png").exists():  # else the run had ended, and the process was about to
+                    process = start("--resume", run) if (run / "config.json").exists() else start(*flags, "--out", run)
+        assert (run / "curve.png").exists(), process.communicate()[1].decode()
         ended, same = ended + 1, same and content(scratch / "a/run") == content(run)
     print(f"killed {killed} times (last line of the metrics then: {where}), {ended} runs came to their end: "
           f"{'the same' if same else 'OTHER'} weights and metrics as undisturbed")
