@@ -225,7 +225,7 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True), np.random.default_rng(seed)
     frames, total = [], 0.0
     while episodes:
-        info, image = games.infos[0], games.images[0]
+        info, image = games.infos[0], games.images[0].copy()  # the next step draws over it
         answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
         action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
         truth = json.loads(prompts.demonstration(info, action, style))

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -90,6 +91,23 @@ def test_recognition_of_a_run_and_its_animation(undisturbed, tmp_path, capsys, m
     call_eval(monkeypatch, "--run", undisturbed, "--gif", tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as animation:
         assert animation.n_frames >= 8  # four episodes: at least a step and an end each
+
+
+def test_an_animation_shows_the_pictures_that_were_answered(tmp_path):
+    seen = []
+
+    def act(images, texts):
+        seen.append(images[0].copy())
+        return [Namespace(text='{"action": "+"}', value=0.0)]
+
+    evaluation.animate(Namespace(act=act), "numberline", 2, 0, tmp_path / "x.png")
+    sheet, frames = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int), []
+    for y, x in ((y, x) for y in range(0, len(sheet), env.SIZE) for x in (0, 2 * env.SIZE + 60)):
+        frames.append(sheet[y: y + env.SIZE, x: x + env.SIZE])
+    assert len(seen) > 3 and abs(seen[0].astype(int) - seen[1]).mean() > 2
+    for image in seen:  # in their order, with the ends of the episodes between them
+        while abs(frames.pop(0) - image).mean() > 1:
+            assert frames
 
 
 def test_recognition_counts_the_fields_that_are_true():
