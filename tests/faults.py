@@ -1,6 +1,6 @@
 """What takes too long for the tests: random kills, a million hostile strings, many random steps.
 
-    python tests/faults.py                       # about an hour on 2 cores, most of it the kills
+    python tests/faults.py                       # about half an hour on 2 cores, a third of it the kills
     python tests/faults.py --kills 5 --strings 10000 --steps 1000
 
 Prints a line a check; exit code 1 where one fails.
