@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
+from huggingface_hub.utils.logging import set_verbosity_error  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -39,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from prompts import action_start, corpus  # noqa: E402
 
+set_verbosity_error()  # five retries where the hub cannot be reached: the error at the end says it
 disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
 
 

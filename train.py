@@ -86,9 +86,7 @@ PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  #
 def parse_args(argv=None):
     """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
     parser = env.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s --env ENV [--cot-scale LAMBDA] [other flags]")
-    rate = lambda text: _within(text, 0, 1)  # noqa: E731
-    scale = lambda text: text if text == "auto" else rate(text)  # noqa: E731
-    size = env.positive_int
+    rate, positive, size = env.number(float, 0, 1), env.number(float, 1e-12), env.positive_int
 
     def add(flag, help, **kwargs):
         name = flag[2:].replace("-", "_")
@@ -113,7 +111,8 @@ def parse_args(argv=None):
         choices=["bfloat16", "float32"])
     add("--alfworld", "engine of alfworld: text, with drawings, or the simulator thor (ai2thor, a display, the data set)", choices=["text", "thor"])
     add("--quantize", "base weights in 4 bits instead, with bitsandbytes on cuda", choices=["4bit"])
-    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise", type=scale)
+    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise",
+        type=lambda text: text if text == "auto" else rate(text))
     add("--ratio", "one probability ratio a step, with lambda, or one a token, without", choices=["step", "token"])
     add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
     add("--seed", "fixes the run", type=env.natural_int)
@@ -130,23 +129,23 @@ def parse_args(argv=None):
     add("--env-steps", "environment steps in all", type=size)
     add("--num-envs", "environments played at a time", type=size)
     add("--rollout-steps", "environment steps an update, over all environments", type=size)
-    add("--temperature", "of sampling and of all log-probabilities", type=_positive)
+    add("--temperature", "of sampling and of all log-probabilities", type=positive)
     add("--max-new-tokens", "longest answer", type=size)
 
     group = parser.add_argument_group("PPO")
     add("--epochs", "passes over a rollout", type=size)
     add("--minibatch", "environment steps an optimiser step", type=size)
     add("--microbatch", "environment steps a forward pass; smaller needs less memory", type=size)
-    add("--lr", "learning rate at the start, cosine from there", type=_positive)
-    add("--lr-end", "learning rate at the end", type=_positive)
-    add("--adam-eps", "epsilon of Adam", type=_positive)
-    add("--clip", "range of the probability ratio: 1 - clip to 1 + clip", type=_positive)
-    add("--value-clip", "how far a value may move in an update, in units of return", type=_positive)
-    add("--value-coef", "weight of the value loss", type=_positive)
-    add("--max-grad-norm", "gradient clipping", type=_positive)
-    add("--target-kl", "end an update early past 1.5 times this approx_kl", type=_positive)
+    add("--lr", "learning rate at the start, cosine from there", type=positive)
+    add("--lr-end", "learning rate at the end", type=positive)
+    add("--adam-eps", "epsilon of Adam", type=positive)
+    add("--clip", "range of the probability ratio: 1 - clip to 1 + clip", type=positive)
+    add("--value-clip", "how far a value may move in an update, in units of return", type=positive)
+    add("--value-coef", "weight of the value loss", type=positive)
+    add("--max-grad-norm", "gradient clipping", type=positive)
+    add("--target-kl", "end an update early past 1.5 times this approx_kl", type=positive)
     add("--kl-coef", "weight of KL(p, p_SFT) of the thoughts: keeps reading and reasoning near what SFT has taught",
-        type=lambda text: _within(text, 0, 1e9))
+        type=env.number(float, 0))
     add("--gamma", "discount", type=rate)
     add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
     add("--lora-rank", "rank of the adapter", type=size)
@@ -158,7 +157,7 @@ def parse_args(argv=None):
     add("--sft-steps", "optimiser steps", type=size)
     add("--sft-batch", "demonstrations a step", type=size)
     add("--sft-lora", "train an adapter and merge it, instead of all weights", action=argparse.BooleanOptionalAction)
-    add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=_positive)
+    add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=positive)
     add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, "
         "come first", type=rate)
     add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
@@ -211,21 +210,6 @@ def _tasks(text):
     if not set(text.split(",")) <= set(env.GAMES):
         raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(env.GAMES)}")
     return text
-
-
-def _within(text, low, high):
-    if not low <= float(text) <= high:  # NaN fails this, too
-        raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-    return float(text)
-
-
-def _positive(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-_within.__name__ = _positive.__name__ = "number"  # argparse shows it: "invalid number value: 'x'"
 
 
 # ---------------------------------------------------------------------------------------------------
