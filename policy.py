@@ -184,12 +184,13 @@ class VLMPolicy(nn.Module):
     def encode(self, images, prompts):
         """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
         texts = [self.chat(prompt) for prompt in prompts]
-        size = self.processor.image_processor.size
-        if "height" in size and size["height"] < images.shape[1]:  # the processor would do it one by one, which takes three times as long
+        size, bos = self.processor.image_processor.size, self.tokenizer.bos_token
+        shrinks = "height" in size and size["height"] < images.shape[1]
+        if shrinks:  # the processor would do it one by one, which takes three times as long
             images = shrink(images, size["height"], size["width"]).numpy()
-        bos = self.tokenizer.bos_token
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
-                               add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
+                               add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt",
+                               **{"do_resize": False, "do_convert_rgb": False} if shrinks else {})
         lengths = batch["attention_mask"].sum(1).tolist()
         # Text tensors lose their padding; of all others (pixels, patch grids, ...) each sample owns an equal part.
         return [{key: x[i: i + 1, -lengths[i]:] if x.shape == batch["input_ids"].shape
