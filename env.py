@@ -921,7 +921,8 @@ class ALFWorldEnv(Game):
 
     def draw(self):
         """The task in the first row; in the next two the receptacle in front and what lies there; in the last two the room's map and
-        what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody has looked yet."""
+        what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody has looked yet, yellow where
+        the task's object was seen, green where its lamp was."""
         picture = Image.new("RGB", (SIZE, SIZE), PAPER)
         draw = ImageDraw.Draw(picture)
 
@@ -967,13 +968,17 @@ class ALFWorldEnv(Game):
         size = 240 // columns
         for i, name in enumerate(self._receptacles):
             x, y, seen = i % columns * size, 180 + i // columns * size, name in self._seen
-            cell(x, y, "#fffdf2" if seen else "#87909a", size, size, "#e0261c" if name == place else None)
+            held = self._held_in(name) if seen else []  # as last seen: nobody else moves things
+            kinds = {*map(kind_of, held)}
+            color = "#87909a" if not seen else "#f7cf4a" if self._target in kinds and kind_of(name) != self._goal else "#9ad29c" if (
+                self._goal in kinds) else "#fffdf2"
+            cell(x, y, color, size, size, "#e0261c" if name == place else None)
             put(name, x + size // 10, y + size // 10, size * 8 // 15)
             if columns == 4:
                 draw_text(picture, "" if seen else "?", (x + 46, y + 22), 22, "white", bold=1)
                 draw_text(picture, name, (x + 30, y + 48), 10, INK, 52)
-            for j, held in enumerate(self._held_in(name)[:3] if seen else []):  # as last seen: nobody else moves things
-                put(held, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
+            for j, o in enumerate(held[:3]):
+                put(o, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
         cell(240, 180, "#2b5f4b", 60, 120)
         draw_text(picture, "carrying", (270, 212), 12, "white")
         if self._carried:
