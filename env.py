@@ -306,7 +306,7 @@ class Game(gym.Env):
             for label, box in self.marks:
                 ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
                 draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
-        return np.asarray(picture, np.uint8).copy()
+        return np.array(picture, np.uint8)
 
     def snapshot(self):
         """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""

@@ -184,13 +184,17 @@ class VLMPolicy(nn.Module):
     def encode(self, images, prompts):
         """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
         texts = [self.chat(prompt) for prompt in prompts]
-        size, bos = self.processor.image_processor.size, self.tokenizer.bos_token
-        shrinks = "height" in size and size["height"] < images.shape[1]
-        if shrinks:  # the processor would do it one by one, which takes three times as long
-            images = shrink(images, size["height"], size["width"]).numpy()
+        how, bos = self.processor.image_processor, self.tokenizer.bos_token
+        # Shrunk and normalised all at once where that is all there is to do: one by one the processor takes three times as long.
+        at_once = "height" in how.size and how.size["height"] < images.shape[1] and how.do_rescale and how.do_normalize
+        if at_once:
+            images = shrink(images, how.size["height"], how.size["width"]).numpy()
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
                                add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt",
-                               **{"do_resize": False, "do_convert_rgb": False} if shrinks else {})
+                               **dict.fromkeys(["do_resize", "do_convert_rgb", "do_rescale", "do_normalize"] * at_once, False))
+        if at_once:
+            mean, std = torch.tensor([how.image_mean, how.image_std])[..., None, None]
+            batch["pixel_values"] = (batch["pixel_values"] * how.rescale_factor - mean) / std
         lengths = batch["attention_mask"].sum(1).tolist()
         # Text tensors lose their padding; of all others (pixels, patch grids, ...) each sample owns an equal part.
         return [{key: x[i: i + 1, -lengths[i]:] if x.shape == batch["input_ids"].shape

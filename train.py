@@ -59,7 +59,7 @@ PRESETS = {
     "tiny": dict(
         cot_scale=0.3, temperature=0.5, max_new_tokens=96, image_tiles="one",
         env_steps=15360, num_envs=64, rollout_steps=512, gamma=0.9, gae_lambda=0.95,
-        epochs=4, minibatch=64, microbatch=64, clip=0.1, value_clip=1.0, value_coef=0.5, kl_coef=0.1, target_kl=0.02,
+        epochs=4, minibatch=64, microbatch=32, clip=0.1, value_clip=1.0, value_coef=0.5, kl_coef=0.1, target_kl=0.02,
         lr=3e-4, lr_end=3e-5, adam_eps=1e-7, max_grad_norm=0.5, lora_rank=16, lora_alpha=32, gradient_checkpointing=False,
         sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_lora=False, sft_restart=0.0, demo_noise=0.75),
 }
