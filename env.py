@@ -622,6 +622,7 @@ def alfworld_engine():
     """
     variable, argv = os.environ.get("ALFWORLD_DATA"), sys.argv
     os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()  # importing alfworld sets this variable and makes the folder
+    sys.argv = ["", "domain", "problem"]  # importing the translator reads it
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             import alfworld.gen.constants as constants
@@ -629,17 +630,21 @@ def alfworld_engine():
             from alfworld.agents.utils.misc import Demangler
             from alfworld.gen.goal_library import gdict
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+            from fast_downward.translate import translate as translator
             from textworld.envs.pddl import logic, textgen
             from textworld.generator.game import EntityInfo
             from textworld.logic import Rule
     finally:
+        sys.argv = argv
         os.environ.pop("ALFWORLD_DATA")
         if variable is not None:
             os.environ["ALFWORLD_DATA"] = variable
-    pddl2sas = fast_downward.pddl2sas
+    pddl2sas, ground = fast_downward.pddl2sas, translator.pddl_to_sas
 
     @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
+        # Grounding the actions takes 25 of 30 ms: a built-in game keeps the result.
+        translator.pddl_to_sas = lambda task: SimpleNamespace(output=lambda file: file.write(engine.sas)) if engine.sas else ground(task)
         try:
             return pddl2sas(domain, problem)
         finally:
@@ -652,10 +657,11 @@ def alfworld_engine():
     # The grammar's few conditions and beginnings are the same at every step: 3 ms to parse.
     Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
     textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
-    return SimpleNamespace(
+    engine = SimpleNamespace(
         constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,
         logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
-        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None)
+        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None, sas=None)
+    return engine
 
 
 def built_in_game(split, kind, number):
@@ -780,6 +786,7 @@ class ALFWorldEnv(Game):
         self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
         self._target = goal["object_target"].lower()
         self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
+        engine.sas = game.get("sas")
         self._state = engine.playing = engine.State(engine.library, game["pddl_problem"], engine.logic(game["pddl_domain"], grammar))
         self._infos = {v.name: engine.EntityInfo(v.name, v.type) for fact in self._state.facts for v in fact.arguments}
         names = engine.Demangler(game_infos=self._infos)
@@ -1105,7 +1112,7 @@ def kept_game(split, name):
         game, trajectory = built_in_game(split, kind, int(number))
         player = ALFWorldEnv(split=split)
         player._begin(game, trajectory)
-        game["walkthrough"] = []
+        game |= {"walkthrough": [], "sas": player._state.sas}
         while not player._won:
             game["walkthrough"].append(player.state()["expert"])
             player._act(game["walkthrough"][-1])
@@ -1125,7 +1132,7 @@ def kept_game(split, name):
 @lru_cache(maxsize=1)
 def game_cache():
     """The folder for built-in games, another for each version of the code that makes them."""
-    version = f"{zlib.crc32((inspect.getsource(built_in_game) + repr(ROOMS)).encode()):08x}"
+    version = f"{zlib.crc32((inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)).encode()):08x}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm-games" / f"alfworld-{version}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

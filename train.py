@@ -70,8 +70,7 @@ TASK_PRESETS = {
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, value_clip=10.0, temperature=0.4),
     ("tiny", "alfworld"): dict(
-        demo_noise=0.5, sft_steps=1000, env_steps=12288, value_coef=0.001, value_clip=50.0, temperature=0.9, lr=2e-4, lr_end=2e-5,
-        eval_episodes=300),
+        demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0, temperature=0.8, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
     ("paper", "alfworld"): dict(cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),

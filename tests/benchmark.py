@@ -54,7 +54,7 @@ class Bench:
     def __init__(self, config):
         self.config = config
         torch.manual_seed(0)
-        self.policy = VLMPolicy(*load_model(config.model), temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        self.policy = train.build_policy(config)
         run = argparse_namespace(log=lambda **row: None, restore=lambda *args: None, checkpoint=lambda *args, **state: None, signal=None)
         self.games = {n: env.Games(config.env, n, seed=0) for n in (1, 16, 64)}
         # An untrained model writes to the last token: teach the format first, so that answers have their real length.
@@ -218,6 +218,8 @@ def growth(file, rounds):
             exponent = np.polyfit(np.log(sizes), np.log(values), 1)[0]
             print(f"  {what:<24} exponent {exponent:5.2f}   " + "  ".join(f"{value:.3f}" for value in values))
             panel.loglog(sizes, values, "o-", label=f"{what}, exponent {exponent:.2f}")
+        panel.minorticks_off()
+        panel.set_xticks(sizes, sizes)
         panel.set(xlabel=name)
         panel.legend(frameon=False, fontsize=7)
         panel.spines[["top", "right"]].set_visible(False)
@@ -321,8 +323,7 @@ def main():
     if args.growth:
         return growth(args.growth, args.rounds)
     preset = "tiny" if args.model == "tiny" else "paper"
-    config = argparse_namespace(**train.DEFAULTS | train.PRESETS[preset] | train.TASK_PRESETS.get((preset, args.env), {})
-                                | {"env": args.env, "model": args.model})
+    config = argparse_namespace(**train.complete({"preset": preset, "env": args.env, "model": args.model}))
     if args.model == "random-llava-1.6-7b":
         return paper_model(config, args.rounds, args.json)
     bench = Bench(config)
