@@ -61,7 +61,7 @@ def test_the_expert_turns_to_receptacles_at_the_same_place(kind):
     problem = loaded["pddl_problem"]
     for other in (2, 4, 6):  # as in the data set, where a place may have several
         problem = problem.replace(f"loc_bar_{other})", f"loc_bar_{other - 1})")
-    game._begin(loaded | {"pddl_problem": problem}, trajectory)
+    game._begin(loaded | {"pddl_problem": problem, "sas": None}, trajectory)
     turned = 0
     for step in range(50):
         if not game._won:
