@@ -643,8 +643,9 @@ def alfworld_engine():
 
     @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
-        # Grounding the actions takes 25 of 30 ms: a built-in game keeps the result.
-        translator.pddl_to_sas = lambda task: SimpleNamespace(output=lambda file: file.write(engine.sas)) if engine.sas else ground(task)
+        # Grounding the actions takes 25 of 30 ms: a built-in game keeps the result, for its own problem and no other.
+        kept = engine.grounded.get(problem)
+        translator.pddl_to_sas = (lambda task: SimpleNamespace(output=lambda file: file.write(kept))) if kept else ground
         try:
             return pddl2sas(domain, problem)
         finally:
@@ -660,7 +661,7 @@ def alfworld_engine():
     engine = SimpleNamespace(
         constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,
         logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
-        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None, sas=None)
+        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None, grounded={})
     return engine
 
 
@@ -786,7 +787,7 @@ class ALFWorldEnv(Game):
         self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
         self._target = goal["object_target"].lower()
         self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
-        engine.sas = game.get("sas")
+        engine.grounded = {game["pddl_problem"]: game.get("sas")}
         self._state = engine.playing = engine.State(engine.library, game["pddl_problem"], engine.logic(game["pddl_domain"], grammar))
         self._infos = {v.name: engine.EntityInfo(v.name, v.type) for fact in self._state.facts for v in fact.arguments}
         names = engine.Demangler(game_infos=self._infos)
@@ -977,8 +978,11 @@ class ALFWorldEnv(Game):
             x, y, seen = i % columns * size, 180 + i // columns * size, name in self._seen
             held = self._held_in(name) if seen else []  # as last seen: nobody else moves things
             kinds = {*map(kind_of, held)}
-            color = "#87909a" if not seen else "#f7cf4a" if self._target in kinds and kind_of(name) != self._goal else "#9ad29c" if (
-                self._goal in kinds) else "#fffdf2"
+            color = "#fffdf2" if seen else "#87909a"
+            if self._target in kinds and kind_of(name) != self._goal:
+                color = "#f7cf4a"
+            elif self._goal in kinds:
+                color = "#9ad29c"
             cell(x, y, color, size, size, "#e0261c" if name == place else None)
             put(name, x + size // 10, y + size // 10, size * 8 // 15)
             if columns == 4:
@@ -1244,10 +1248,11 @@ def number(kind, low, high=math.inf):
     """A type for argparse: finite numbers of a `kind`, int or float, from `low` to `high`, both included."""
     def parse(text):
         try:
-            if low <= kind(text) <= high and abs(kind(text)) < math.inf:
-                return kind(text)
+            value = kind(text)
         except ValueError:
-            pass
+            value = math.nan
+        if low <= value <= high and value < math.inf:
+            return value
         raise argparse.ArgumentTypeError(f"{text} is not {'a whole number' if kind is int else 'a number'} "
                                          f"of at least {low}" + f" and at most {high}" * (high < math.inf))
     return parse

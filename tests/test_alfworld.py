@@ -71,6 +71,14 @@ def test_the_expert_turns_to_receptacles_at_the_same_place(kind):
     assert game._won and turned
 
 
+def test_the_kept_grounding_serves_its_own_problem_alone():
+    import fast_downward
+    (mine, _), (other, _) = env.kept_game("train", "pick/1"), env.kept_game("train", "heat/77")
+    begin("pick", 1)
+    assert fast_downward.pddl2sas(mine["pddl_domain"], mine["pddl_problem"])[1] == mine["sas"]
+    assert fast_downward.pddl2sas(other["pddl_domain"], other["pddl_problem"] + "\n")[1] != mine["sas"]
+
+
 def test_built_in_games_come_from_their_seeds_and_unseen_rooms_are_other_rooms():
     def rooms(split):
         games = [env.built_in_game(split, kind, number)[0] for kind in KINDS for number in range(env.ALFWorldEnv.games[split])]

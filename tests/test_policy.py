@@ -6,7 +6,7 @@ import torch
 
 import env
 import prompts
-from policy import LoraLayer, VLMPolicy, load_model, sample
+from policy import LoraLayer, VLMPolicy, load_model, sample, shrink
 
 torch.set_num_threads(1)
 
@@ -72,6 +72,12 @@ def test_left_padding_and_batching_change_nothing(policy):
         alone = policy.evaluate([answer])
         for field in ("logp_cot", "logp_action", "value"):
             assert abs(getattr(together, field)[i] - getattr(alone, field)[0]) < 1e-4
+
+
+def test_pictures_are_normalised_as_the_processor_would(policy):
+    pictures, texts, _ = states("blackjack")
+    alone = policy.processor.image_processor(list(shrink(pictures, 100, 100).numpy()), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.cat([x["pixel_values"] for x in policy.encode(pictures, texts)]), alone, atol=1e-5, rtol=0)
 
 
 def test_special_tokens_are_never_sampled(policy):
