@@ -11,6 +11,7 @@ A run directory holds config.json, metrics.jsonl (one JSON object a line), sft/ 
 value_head.safetensors and curve.png. `python eval.py --run DIR` evaluates it again.
 """
 import argparse
+import atexit
 import hashlib
 import json
 import math
@@ -717,6 +718,7 @@ def main(argv=None):
         parser.error(str(error))
     if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+        atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
     if (out / "curve.png").exists():
         parser.error(f"{out} holds a finished run: begin a new one with another --out")
     cached = out.parent / "sft-cache" / sft_key(config)
