@@ -145,20 +145,22 @@ class VLMPolicy(nn.Module):
 
     @contextmanager
     def merged(self):
-        """The adapter added to the weights for a while, bit for bit as before afterwards: sampling makes one product, not three.
+        """The adapter added to the weights for a while: a layer makes one product, W + BA, not three, and gradients reach A and B through it.
 
         In float32 only, where the sums differ by rounding: in bfloat16 the policy that sampled would not be the one that is scored.
+        Not where activations are computed again in the backward pass, which comes later.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)] if self.model.dtype == torch.float32 else []
-        kept = [layer.base_layer.weight.data for layer in layers]
+        exact = self.model.dtype == torch.float32 and not (self.checkpointed and torch.is_grad_enabled())
+        layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLayer) and not m.disable_adapters]
         try:
-            for layer, weight in zip(layers, kept):
-                layer.base_layer.weight.data = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+            for layer in layers:
+                # An entry in the object's dictionary hides the parameter of that name, which stays as it is.
+                vars(layer.base_layer)["weight"] = layer.base_layer.weight + sum(map(layer.get_delta_weight, layer.active_adapters))
                 layer.merged_adapters.extend(layer.active_adapters)
             yield
         finally:
-            for layer, weight in zip(layers, kept):
-                layer.base_layer.weight.data = weight
+            for layer in layers:
+                vars(layer.base_layer).pop("weight", None)
                 layer.merged_adapters.clear()
 
     def merge_lora(self):
@@ -317,7 +319,8 @@ class VLMPolicy(nn.Module):
         for layer in self.checkpointed:
             layer.training = torch.is_grad_enabled()
         # Logits for the answer only; the first kept place is the prompt's last token, which the value head reads.
-        logits = self.model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+        with self.merged():
+            logits = self.model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
         for layer in self.checkpointed:
             layer.training = False
         logp_all = self.log_probs(logits)

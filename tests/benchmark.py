@@ -71,9 +71,13 @@ class Bench:
             games.step([env.expert_action(info) for info in games.infos])
         return n * steps
 
+    def apart(self, paper):
+        """The paper's schedule keeps the adapter apart from the weights."""
+        self.policy.merged = contextlib.nullcontext if paper else type(self.policy).merged.__get__(self.policy)
+
     def rollout(self, n, steps, paper=False):
         games, rng = self.games[n], np.random.default_rng(0)
-        self.policy.merged = contextlib.nullcontext if paper else type(self.policy).merged.__get__(self.policy)
+        self.apart(paper)
         for _ in range(steps):
             answers = self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
             if paper:  # scored again, padded, in a pass of its own
@@ -89,7 +93,8 @@ class Bench:
             answers += self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
         return answers[:n]
 
-    def update(self, answers, microbatch):
+    def update(self, answers, microbatch, paper=False):
+        self.apart(paper)
         return update(self.policy, self.optimizer, answers, microbatch, self.config)
 
     def sft(self, batch):
@@ -351,7 +356,7 @@ def main():
         measure("rollout steps, 16 envs", "ours", lambda: bench.rollout(16, 4))
         measure("rollout steps, 64 envs", "ours", lambda: bench.rollout(64, 2))
         measure("PPO samples", "ours", lambda: bench.update(answers[:64], config.microbatch))
-        measure("PPO samples", "paper", lambda: bench.update(padded, 1))
+        measure("PPO samples", "paper", lambda: bench.update(padded, 1, paper=True))
     median = {key: statistics.median(values) for key, values in times.items()}
     rows = 64 * (answers[0].inputs["input_ids"].shape[1] + 30)
     rate, decode_rate = matrix_rate(policy, rows), matrix_rate(policy, 64)

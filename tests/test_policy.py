@@ -1,4 +1,6 @@
 """The model: sampling and scoring agree, special tokens never appear, batching changes nothing."""
+from contextlib import nullcontext
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -103,6 +105,32 @@ def test_merging_for_a_while_leaves_no_trace(policy):
         assert not torch.equal(layer.base_layer.weight, before[next(n for n, m in policy.named_modules() if m is layer) + ".base_layer.weight"])
         assert layer.merged
     assert not layer.merged and all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+
+
+def test_gradients_through_merged_weights_are_those_of_the_adapter(policy, monkeypatch):
+    answers, gradients = demonstrations(policy, "blackjack"), []
+    for merged in (policy.merged, nullcontext):
+        monkeypatch.setattr(policy, "merged", merged)
+        scores = policy.evaluate(answers)
+        (scores.logp_cot + scores.logp_action + scores.value).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if "lora_" in n]))
+        policy.zero_grad(set_to_none=True)
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_an_adapter_switched_off_stays_off(policy):
+    answers = demonstrations(policy, "blackjack")
+    with torch.no_grad(), policy.model.disable_adapter():
+        off = policy.evaluate(answers).logp_cot
+    with torch.no_grad():
+        assert (policy.evaluate(answers).logp_cot - off).abs().max() > 1e-3
+        for module in policy.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", 0)
+        torch.testing.assert_close(policy.evaluate(answers).logp_cot, off)
+        for module in policy.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", 1)
 
 
 @pytest.mark.parametrize("name", env.GAMES)
