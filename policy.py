@@ -17,7 +17,6 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -127,7 +126,7 @@ class VLMPolicy(nn.Module):
         forbidden[len(self.tokenizer):] = -torch.inf
         forbidden[list(self.eos)] = 0
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
-        self.chat = lru_cache(maxsize=4096)(self._chat)
+        self.read = {}  # prompt -> its part of `Answer.inputs`, where pictures do not change it
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
 
     def checkpoint_gradients(self):
@@ -179,24 +178,29 @@ class VLMPolicy(nn.Module):
 
     # -- from pictures and texts to tensors -----------------------------------------------------------
 
-    def _chat(self, prompt):
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
     def encode(self, images, prompts):
         """Process N pictures (uint8, H x W x 3, one size) and prompts; returns a list of N `Answer.inputs`."""
-        texts = [self.chat(prompt) for prompt in prompts]
-        how, bos = self.processor.image_processor, self.tokenizer.bos_token
-        # Shrunk and normalised all at once where that is all there is to do: one by one the processor takes three times as long.
-        at_once = "height" in how.size and how.size["height"] < images.shape[1] and how.do_rescale and how.do_normalize
-        if at_once:
-            images = shrink(images, how.size["height"], how.size["width"]).numpy()
+        how = self.processor.image_processor
+        if not ("height" in how.size and how.size["height"] < images.shape[1] and how.do_rescale and how.do_normalize):
+            return self._process(images, prompts)
+        # Pictures that are shrunk and normalised, nothing else, are so all at once, and each prompt is read once, beside a blank
+        # one: the processor takes both one by one, which is as much work as drawing them.
+        size = how.size["height"], how.size["width"]
+        if len(self.read) > 10_000:
+            self.read.clear()
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.read]:
+            self.read.update(zip(new, self._process(np.zeros((len(new), *size, 3), np.uint8), new)))
+        mean, std = torch.tensor([how.image_mean, how.image_std])[..., None, None]
+        pixels = (shrink(images, *size).permute(0, 3, 1, 2) * how.rescale_factor).sub_(mean).div_(std)
+        return [self.read[prompt] | {"pixel_values": pixels[i: i + 1]} for i, prompt in enumerate(prompts)]
+
+    def _process(self, images, prompts):
+        texts = [self.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+            add_generation_prompt=True, tokenize=False) for prompt in prompts]
+        bos = self.tokenizer.bos_token
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
-                               add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt",
-                               **dict.fromkeys(["do_resize", "do_convert_rgb", "do_rescale", "do_normalize"] * at_once, False))
-        if at_once:
-            mean, std = torch.tensor([how.image_mean, how.image_std])[..., None, None]
-            batch["pixel_values"] = (batch["pixel_values"] * how.rescale_factor - mean) / std
+                               add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
         lengths = batch["attention_mask"].sum(1).tolist()
         # Text tensors lose their padding; of all others (pixels, patch grids, ...) each sample owns an equal part.
         return [{key: x[i: i + 1, -lengths[i]:] if x.shape == batch["input_ids"].shape

@@ -76,10 +76,15 @@ def test_left_padding_and_batching_change_nothing(policy):
             assert abs(getattr(together, field)[i] - getattr(alone, field)[0]) < 1e-4
 
 
-def test_pictures_are_normalised_as_the_processor_would(policy):
-    pictures, texts, _ = states("blackjack")
-    alone = policy.processor.image_processor(list(shrink(pictures, 100, 100).numpy()), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(torch.cat([x["pixel_values"] for x in policy.encode(pictures, texts)]), alone, atol=1e-5, rtol=0)
+def test_prompts_read_once_and_pictures_shrunk_at_once_are_what_the_processor_makes(policy):
+    pictures, texts, _ = states("points24")
+    for _ in range(2):  # the second time every prompt is known
+        for picture, text, inputs in zip(shrink(pictures, 100, 100).numpy(), texts, policy.encode(pictures, texts)):
+            asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+            alone = policy.processor(images=[picture], text=[policy.processor.apply_chat_template(asked, add_generation_prompt=True)], return_tensors="pt")
+            assert alone.keys() == inputs.keys()
+            for key, x in inputs.items():
+                torch.testing.assert_close(x, alone[key], atol=1e-5, rtol=0)
 
 
 def test_special_tokens_are_never_sampled(policy):
