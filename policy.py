@@ -150,7 +150,8 @@ class VLMPolicy(nn.Module):
         Not where activations are computed again in the backward pass, which comes later.
         """
         exact = self.model.dtype == torch.float32 and not (self.checkpointed and torch.is_grad_enabled())
-        layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLayer) and not m.disable_adapters]
+        layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLayer) and not m.disable_adapters
+                  and m.base_layer.weight.is_floating_point()]  # not packed in four bits
         try:
             for layer in layers:
                 # An entry in the object's dictionary hides the parameter of that name, which stays as it is.

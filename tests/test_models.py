@@ -5,6 +5,7 @@ nobody plays here), so its model is tested behind a processor made of its own pa
 """
 import json
 import shutil
+from importlib.util import find_spec
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -120,7 +122,27 @@ def qwen():
     return tf.Qwen2_5_VLForConditionalGeneration(config), QwenProcessor(t)
 
 
+def qwen_whole():
+    model, processor = qwen()
+    t = processor.tokenizer
+    t.image_token, t.video_token = "<|image_pad|>", "<|video_pad|>"
+    return model, tf.Qwen2_5_VLProcessor(processor.image_processor, t, tf.Qwen2VLVideoProcessor(),
+                                         chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"))
+
+
+def internvl():
+    named = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>")
+    t = tokenizer("byte-level", *named.values(), **named)
+    config = tf.InternVLConfig(text_config=dict(model_type="qwen2", **TEXT, vocab_size=len(t)), image_token_id=t.convert_tokens_to_ids("<IMG_CONTEXT>"),
+                               vision_config=VISION | {"image_size": [56, 56], "patch_size": [14, 14]}, image_seq_length=4)
+    images = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56})
+    return tf.InternVLForConditionalGeneration(config), tf.InternVLProcessor(
+        images, t, tf.InternVLVideoProcessor(), image_seq_length=4, chat_template=template("<IMG_CONTEXT>"))
+
+
 FAMILIES = {"llava": llava, "llava_next": llava_next, "idefics3": idefics3, "gemma3": gemma3, "qwen": qwen}
+if find_spec("torchvision"):  # their processors import it
+    FAMILIES |= {"qwen_whole": qwen_whole, "internvl": internvl}
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +263,7 @@ def test_llava_1_6_reads_one_tile_with_the_same_weights(checkpoints):
     assert (inputs == image).sum() == (56 // 14) ** 2 < (many == image).sum()
 
 
-@pytest.mark.parametrize("family", ["llava_next", "gemma3"])
+@pytest.mark.parametrize("family", sorted({"llava_next", "gemma3", "qwen_whole", "internvl"} & FAMILIES.keys()))
 def test_a_whole_run_with_another_model(family, checkpoints, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(["--env", "blackjack", "--model", str(checkpoints(family)), "--out", str(out), "--sft-steps", "2", "--sft-batch", "4", "--env-steps", "16",
