@@ -392,7 +392,10 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if name == "tiny":
         model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
-    config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    try:
+        config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    except ImportError as error:  # some processors want a package of their own
+        raise ValueError(str(error).strip()) from None
     if not getattr(processor, "chat_template", None):
         raise ValueError("its processor has no chat template")
     kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device})

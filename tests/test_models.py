@@ -6,6 +6,7 @@ nobody plays here), so its model is tested behind a processor made of its own pa
 import json
 import shutil
 from importlib.util import find_spec
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -280,14 +281,18 @@ def test_a_whole_run_with_another_model(family, checkpoints, tmp_path, capsys):
     torch.testing.assert_close(policy.evaluate(answers).logp_action, again.evaluate(answers).logp_action)
 
 
-@pytest.mark.parametrize("what", ["no weights", "no chat template", "text only", "nothing"])
-def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("what", ["no weights", "no chat template", "text only", "nothing", "no package"])
+def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     if what == "nothing":
         folder.mkdir()
     elif what == "text only":
         tf.MistralForCausalLM(tf.MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                                          num_key_value_heads=2, vocab_size=50)).save_pretrained(folder)
+    elif what == "no package":
+        folder.mkdir()
+        monkeypatch.setattr(policies.AutoConfig, "from_pretrained", lambda name: None)
+        monkeypatch.setattr(policies.AutoProcessor, "from_pretrained", Mock(side_effect=ImportError("\nIts videos want a package.\n")))
     else:
         shutil.copytree(checkpoints("llava"), folder)
         for file in folder.glob("*.safetensors" if what == "no weights" else "chat_template*"):
