@@ -13,6 +13,7 @@ All up to the key `"action":` is the chain of thought (CoT), the rest is the act
 import itertools
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from typing import Callable
 
@@ -92,17 +93,26 @@ TASKS = {
 CARD_TASKS = tuple(name for name in TASKS if name != "alfworld")  # those that need no engine
 
 
-STYLES = ("full", "thoughts", "vision", "action")
+STYLES = ("full", "thoughts", "vision", "action", "chatty")
+CHATTER = "well now so then okay right fine hmm".split()
+
+
+def chatter(info):
+    """Four words that say nothing, a different four in every state: 8.3 nats that no policy can know better."""
+    number = zlib.crc32(repr(info).encode())
+    return " - ".join(CHATTER[number >> 3 * i & 7] for i in range(4))
 
 
 def fields(info, style="full"):
     """What an answer holds before its action, a dict of field -> (what to write there, function of info: the truth).
 
     style: "full" asks for key-state fields and thoughts (the paper's prompt), "thoughts" for thoughts alone, "action" for
-    neither; "vision" is "full", but all that the text would tell of the state must be read from the picture.
+    neither; "vision" is "full", but all that the text would tell of the state must be read from the picture; "chatty" is
+    "full", with thoughts that begin with chatter, as those of large models vary from answer to answer.
     """
     task = TASKS[info["env"]]
-    thoughts = {"thoughts": ("what follows from this", task.thoughts)}
+    thought = (lambda info: f"{chatter(info)} - {task.thoughts(info)}") if style == "chatty" else task.thoughts
+    thoughts = {"thoughts": ("what follows from this", thought)}
     return {"action": {}, "thoughts": thoughts}.get(style, task.fields | thoughts)
 
 

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--model", "tiny (built in), a model of the hub, or a folder")
     add("--policy", "vlm, or cnn: the paper's baseline without language and without SFT", choices=["vlm", "cnn"])
     add("--prompt", "what the answer holds before the action: key-state fields and thoughts (full, the paper's), thoughts, nothing (action); "
-        "vision is full, with all that the text would tell left to the picture", choices=prompts.STYLES)
+        "vision is full, with all that the text would tell left to the picture; chatty is full, with idle words in the thoughts", choices=prompts.STYLES)
     add("--obs", "the picture; marked, with boxes and labels around what matters; or text, which tells the state in the prompt instead",
         choices=["image", "marked", "text"])
     add("--image-tiles", "LLaVA-1.6: one tile, as in the paper, or the library's tiling", choices=["one", "anyres"])

@@ -85,3 +85,13 @@ def test_prompts_name_every_legal_action_and_field(name):
     prompt = build_prompt(info)
     assert ", ".join(info["legal_actions"]) in prompt and all(f'"{field}"' in prompt for field in TASKS[name].fields)
     assert '"thoughts"' in prompt and '"action"' in prompt
+
+
+def test_chatter_varies_from_state_to_state_and_comes_before_the_thought():
+    game, openings = gym.make(env.env_id("ezpoints")), set()
+    for seed in range(50):
+        _, info = game.reset(seed=seed)
+        plain, chatty = (json.loads(demonstration(info, "1", style))["thoughts"] for style in ("full", "chatty"))
+        assert chatty.endswith(" - " + plain) and demonstration(info, "1", "chatty") == demonstration(dict(info), "1", "chatty")
+        openings.add(chatty.removesuffix(plain))
+    assert len(openings) > 40
