@@ -91,7 +91,7 @@ def draw_suit(draw, suit, x, y, r, color):
 
 @lru_cache(maxsize=None)
 def card_picture(card, width):
-    """A card ("10H"; "" is a card face down) as an RGBA picture of width x 1.5 width pixels."""
+    """A card ("10H"; "" is a card face down) on the table, as a picture of width x 1.5 width pixels."""
     s = 4  # drawn four times too large and shrunk, for smooth edges
     w, h = width * s, width * s * 3 // 2
     picture = Image.new("RGBA", (w, h))
@@ -114,7 +114,10 @@ def card_picture(card, width):
         mask = Image.new("L", (w, h))
         ImageDraw.Draw(mask).rounded_rectangle([w // 11, w // 11, w - w // 11, h - w // 11], w // 16, 255)
         picture.paste(back, mask=mask)
-    return picture.resize((width, width * 3 // 2), Image.LANCZOS)
+    card = picture.resize((width, width * 3 // 2), Image.LANCZOS)
+    table = Image.new("RGB", card.size, TABLE)
+    table.paste(card, mask=card)
+    return table
 
 
 def draw_cards(picture, cards, x, y, pitch):
@@ -122,8 +125,7 @@ def draw_cards(picture, cards, x, y, pitch):
     pitch = min(pitch, (SIZE - x) // len(cards))
     width = pitch - max(pitch // 12, 2)
     for i, card in enumerate(cards):
-        art = card_picture(card, width)
-        picture.paste(art, (x + i * pitch, y), art)
+        picture.paste(card_picture(card, width), (x + i * pitch, y))
     return [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
 
 
@@ -306,7 +308,7 @@ class Game(gym.Env):
             for label, box in self.marks:
                 ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
                 draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
-        return np.array(picture, np.uint8)
+        return np.asarray(picture)
 
     def snapshot(self):
         """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""

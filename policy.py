@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
 from huggingface_hub.utils.logging import set_verbosity_error  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,  # noqa: E402
                           LlavaForConditionalGeneration, LlavaProcessor)
@@ -99,6 +100,23 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class LoRAProduct(torch.autograd.Function):
+    """x (W + s B A)^T + bias, given the sum: for the frozen W no gradient, for A and B what two thin products give."""
+
+    @staticmethod
+    def forward(ctx, total, bias, a, b, scale, x):
+        ctx.save_for_backward(total, a, b, x)
+        ctx.scale = scale
+        return nn.functional.linear(x, total, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total, a, b, x = ctx.saved_tensors
+        rows, x = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_a, grad_b = (rows @ b).T @ x * ctx.scale, rows.T @ (x @ a.T) * ctx.scale
+        return None, None, grad_a, grad_b, None, grad @ total if ctx.needs_input_grad[5] else None
+
+
 class VLMPolicy(nn.Module):
     """A vision-language model with a value head.
 
@@ -126,6 +144,7 @@ class VLMPolicy(nn.Module):
         forbidden[len(self.tokenizer):] = -torch.inf
         forbidden[list(self.eos)] = 0
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
+        self.shifting = [m for m in model.modules() if hasattr(m, "rope_deltas")]
         self.read = {}  # prompt -> its part of `Answer.inputs`, where pictures do not change it
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
 
@@ -144,24 +163,25 @@ class VLMPolicy(nn.Module):
 
     @contextmanager
     def merged(self):
-        """The adapter added to the weights for a while: a layer makes one product, W + BA, not three, and gradients reach A and B through it.
+        """For a while, let every layer make one product with W + s B A instead of three (`LoRAProduct`).
 
-        In float32 only, where the sums differ by rounding: in bfloat16 the policy that sampled would not be the one that is scored.
-        Not where activations are computed again in the backward pass, which comes later.
+        In float32 only, where that differs by rounding: in bfloat16 the policy that sampled would not be the one that is
+        scored. Not where activations are computed again in the backward pass, which comes later.
         """
         exact = self.model.dtype == torch.float32 and not (self.checkpointed and torch.is_grad_enabled())
-        layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLayer) and not m.disable_adapters
+        layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLinear) and not m.disable_adapters
                   and m.base_layer.weight.is_floating_point()]  # not packed in four bits
+        for layer in layers:
+            weight, bias, (name,) = layer.base_layer.weight, layer.base_layer.bias, layer.active_adapters
+            a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            total = torch.addmm(weight.detach(), b.detach(), a.detach(), alpha=scale)
+            # A function in the object's dictionary hides the method of its class.
+            vars(layer)["forward"] = partial(LoRAProduct.apply, total, bias, a, b, scale)
         try:
-            for layer in layers:
-                # An entry in the object's dictionary hides the parameter of that name, which stays as it is.
-                vars(layer.base_layer)["weight"] = layer.base_layer.weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-                layer.merged_adapters.extend(layer.active_adapters)
             yield
         finally:
             for layer in layers:
-                vars(layer.base_layer).pop("weight", None)
-                layer.merged_adapters.clear()
+                del vars(layer)["forward"]
 
     def merge_lora(self):
         """Add the adapter to the weights below it, for good: the SFT of a large model ends so."""
@@ -192,7 +212,7 @@ class VLMPolicy(nn.Module):
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.read]:
             self.read.update(zip(new, self._process(np.zeros((len(new), *size, 3), np.uint8), new)))
         mean, std = torch.tensor([how.image_mean, how.image_std])[..., None, None]
-        pixels = (shrink(images, *size).permute(0, 3, 1, 2) * how.rescale_factor).sub_(mean).div_(std)
+        pixels = (shrink(images, *size).permute(0, 3, 1, 2) * (how.rescale_factor / std)).sub_(mean / std)
         return [self.read[prompt] | {"pixel_values": pixels[i: i + 1]} for i, prompt in enumerate(prompts)]
 
     def _process(self, images, prompts):
@@ -282,7 +302,7 @@ class VLMPolicy(nn.Module):
         output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         values = self.value_of_last_token().tolist()
         # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many, a row, and forgets to use it.
-        shift = next((s for m in self.model.modules() if (s := getattr(m, "rope_deltas", None)) is not None), None)
+        shift = next((m.rope_deltas for m in self.shifting if m.rope_deltas is not None), None)
         tokens = torch.zeros(n, self.max_new_tokens, dtype=torch.long)
         logps = torch.zeros(n, self.max_new_tokens)
         lengths = torch.zeros(n, dtype=torch.long)

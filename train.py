@@ -228,7 +228,7 @@ def sft(policy, config, run):
     rng = np.random.default_rng(config.seed + 100_003 * RANK)
     games = env.Games(config.env, n, config.seed + 100_003 * RANK, config.obs)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
     start = 0
     if state := run.restore("sft", policy, optimizer):
@@ -348,7 +348,7 @@ def reinforce(policy, config, run):
     trainable = [p for p in policy.parameters() if p.requires_grad]
     for p in trainable if RANKS > 1 else ():
         dist.broadcast(p.data, src=0)  # every process begins with the adapter and value head of the first
-    optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps)
+    optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps, fused=True)
     collector, first = Collector(policy, config), 0
     if state := run.restore("rl", policy, optimizer):
         first = state["update"]

@@ -346,7 +346,7 @@ def main():
     answers = bench.sample(128)
     vision, language = flops_per_sample(policy, answers)
     policy.add_lora(config.lora_rank, config.lora_alpha)
-    bench.optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0)
+    bench.optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True)
     padded = pad_answers(bench.sample(16), longest)
     for _ in range(args.rounds):
         measure("env steps, no model", "ours", bench.env_steps)

@@ -5,10 +5,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from torch.profiler import ProfilerActivity, profile
 
 import env
 import prompts
-from policy import LoraLayer, VLMPolicy, load_model, sample, shrink
+from policy import VLMPolicy, load_model, sample, shrink
 
 torch.set_num_threads(1)
 
@@ -103,13 +105,17 @@ def test_sampling_follows_the_probabilities():
     assert (drawn[p == 0] == 0).all() and (drawn - p).abs().max() < 0.01
 
 
-def test_merging_for_a_while_leaves_no_trace(policy):
+def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(policy):
     before = {name: x.clone() for name, x in policy.state_dict().items()}
     layer = next(m for m in policy.modules() if isinstance(m, LoraLayer))
-    with policy.merged():
-        assert not torch.equal(layer.base_layer.weight, before[next(n for n, m in policy.named_modules() if m is layer) + ".base_layer.weight"])
-        assert layer.merged
-    assert not layer.merged and all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+    x = torch.randn(2, 3, layer.in_features)
+    apart = layer(x)
+    with policy.merged(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        together = layer(x)
+    assert sum(event.key in ("aten::mm", "aten::addmm") and event.count for event in profiled.key_averages()) == 1
+    torch.testing.assert_close(together, apart)
+    assert "forward" not in vars(layer) and torch.equal(layer(x), apart)
+    assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
 def test_gradients_through_merged_weights_are_those_of_the_adapter(policy, monkeypatch):
