@@ -59,8 +59,6 @@ class Bench:
         self.games = {n: env.Games(config.env, n, seed=0) for n in (1, 16, 64)}
         # An untrained model writes to the last token: teach the format first, so that answers have their real length.
         train.sft(self.policy, argparse_namespace(**vars(config) | {"sft_steps": 60, "sft_batch": 32}), run)
-        self.sft_policy_parameters = list(self.policy.model.parameters())
-        self.rollout_answers = None
 
     # -- phases: each returns units done; the caller times it --------------------------------------------
 
@@ -128,25 +126,30 @@ def argparse_namespace(**values):
 
 
 def flops_per_sample(policy, answers):
-    """(forward FLOPs of the vision tower and projector, of the language model, a sample), counted from the linear layers.
+    """FLOPs a sample, counted from the layers: a dict of what runs forward (`forward`), what the gradient to the inputs repeats
+    (`inputs`), what the gradient of all weights does (`weights`) and of an adapter's alone (`adapter`).
 
-    A linear layer of m x n weights takes 2 m n a token; attention 4 T D a token and layer (scores and mixing, T the length);
-    the language head only reads the answer's tokens.
+    A linear layer of m x n weights takes 2 m n a token, a convolution of patches as much a patch; attention 4 T D a token and
+    layer (scores and mixing, T the length), half of it where it is causal; the language head only reads the answer's tokens.
+    A and B of rank r take 4 r (m + n) a token: their gradients are two thin products each.
     """
-    inputs = answers[0].inputs
-    prompt = inputs["input_ids"].shape[1]
-    length = statistics.mean(len(a.tokens) for a in answers)
-    tokens = {"vision": patches(policy), "projector": patches(policy), "language": prompt + length, "head": length + 1}
-    counted = {"vision": 0.0, "language": 0.0}
+    prompt, length = answers[0].inputs["input_ids"].shape[1], statistics.mean(len(a.tokens) for a in answers)
+    counted = dict.fromkeys(("forward", "inputs", "weights", "adapter"), 0.0)
     for name, module in policy.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name:
-            part = "vision" if "vision" in name else "projector" if "projector" in name or "connector" in name else "head" if "lm_head" in name else "language"
-            counted["vision" if part in ("vision", "projector") else "language"] += 2 * module.weight.numel() * tokens[part]
-    text = policy.model.config.get_text_config()
-    counted["language"] += text.num_hidden_layers * 4 * tokens["language"] ** 2 / 2 * text.hidden_size
-    vision = policy.model.config.vision_config
-    counted["vision"] += vision.num_hidden_layers * 4 * tokens["vision"] ** 2 * vision.hidden_size
-    return counted["vision"], counted["language"]
+        tokens = (patches(policy) if "vision" in name or "projector" in name or "connector" in name
+                  else length + 1 if "lm_head" in name else prompt + length)
+        if "lora_A" in name and isinstance(module, torch.nn.Linear):
+            layer = policy.model.get_submodule(name.split(".lora_A")[0])
+            counted["adapter"] += 4 * module.out_features * (layer.in_features + layer.out_features) * tokens
+        elif isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "lora_" not in name:
+            work = 2 * module.weight.numel() * tokens
+            counted["forward"] += work
+            counted["weights"] += work
+            counted["inputs"] += work * isinstance(module, torch.nn.Linear)  # nothing lies below the patches
+    text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
+    attention = text.num_hidden_layers * 2 * (prompt + length) ** 2 * text.hidden_size
+    attention += vision.num_hidden_layers * 4 * patches(policy) ** 2 * vision.hidden_size
+    return {key: work + attention * (2 if key == "inputs" else key == "forward") for key, work in counted.items()}
 
 
 def patches(policy):
@@ -288,7 +291,8 @@ def paper_model(config, rounds, file):
         print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:6.2f} steps/s, prompts read in {prefill:.2f} s, then {row['tokens a second']:6.0f} "
               f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.0f}", flush=True)
     optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0), 0.0
-    work = 3 * sum(flops_per_sample(policy, answers))  # forward, once more for the checkpoints, backward to the inputs
+    flops = flops_per_sample(policy, answers)
+    work = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]  # forward, and once more for the checkpoints
     limit = matrix_rate(policy, int(4 * (prompt + 100))) / work
     for microbatch in (1, 4, 16) if len(sizes) > 2 else (1,):
         rate = 1 / statistics.median(seconds(update, policy, optimizer, answers[:16], microbatch, config)[0] / 16 for _ in range(rounds))
@@ -344,8 +348,9 @@ def main():
         for which, function in sft.items():
             measure("SFT samples", which, function)
     answers = bench.sample(128)
-    vision, language = flops_per_sample(policy, answers)
+    sft_work = sum(flops_per_sample(policy, answers).values())
     policy.add_lora(config.lora_rank, config.lora_alpha)
+    work = flops_per_sample(policy, answers)
     bench.optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True)
     padded = pad_answers(bench.sample(16), longest)
     for _ in range(args.rounds):
@@ -360,9 +365,8 @@ def main():
     median = {key: statistics.median(values) for key, values in times.items()}
     rows = 64 * (answers[0].inputs["input_ids"].shape[1] + 30)
     rate, decode_rate = matrix_rate(policy, rows), matrix_rate(policy, 64)
-    # The update needs no weight gradients where there is an adapter: forward, and backward to the inputs. SFT of all weights: three times.
-    limits = {"PPO samples": 2 * (vision + language) / rate, "SFT samples": 3 * (vision + language) / rate,
-              "rollout steps, 64 envs": (vision + language) / decode_rate}
+    limits = {"PPO samples": (work["forward"] + work["inputs"] + work["adapter"]) / rate, "SFT samples": sft_work / rate,
+              "rollout steps, 64 envs": work["forward"] / decode_rate}
     length = statistics.mean(len(a.tokens) for a in answers)
     prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
     print(f"{args.model}, {args.env}, {args.threads} threads, prompts of {prompt:.0f} and answers of {length:.0f} tokens, {rate / 1e9:.0f} GFLOP/s for these shapes "
