@@ -26,13 +26,15 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks by the old name
+# peft asks by the old name
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 from huggingface_hub.utils.logging import set_verbosity_error  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,  # noqa: E402
-                          LlavaForConditionalGeneration, LlavaProcessor)
+from transformers import (  # noqa: E402
+    AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,
+    LlavaForConditionalGeneration, LlavaProcessor)
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
@@ -129,8 +131,8 @@ class VLMPolicy(nn.Module):
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         width = model.get_output_embeddings().in_features
-        # MLP D -> 1024 -> 512 -> 1 on the last hidden state of the prompt's last token (paper, appendix), standardised: most
-        # of a hidden state is the same for all pictures, and what differs is too faint for the head to find (`standardise`).
+        # MLP D -> 1024 -> 512 -> 1 on the last hidden state of the prompt's last token (paper, appendix), standardised:
+        # most of a hidden state is the same for all pictures, and what differs is too faint for the head to find.
         self.value_head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, 1024), nn.ReLU(),
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device).eval()
         # The language head's input is the last hidden state, whatever the model family calls it.
@@ -149,9 +151,9 @@ class VLMPolicy(nn.Module):
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
 
     def checkpoint_gradients(self):
-        """Trade time for memory: keep no activations inside the layers. (Only they are in training mode, and only in `evaluate`.)"""
+        """Trade time for memory: keep no activations inside the layers. (`evaluate` puts them into training mode.)"""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.checkpointed = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def _keep_hidden(self, module, args):
         self.hidden = args[0]
@@ -165,8 +167,8 @@ class VLMPolicy(nn.Module):
     def merged(self):
         """For a while, let every layer make one product with W + s B A instead of three (`LoRAProduct`).
 
-        In float32 only, where that differs by rounding: in bfloat16 the policy that sampled would not be the one that is
-        scored. Not where activations are computed again in the backward pass, which comes later.
+        In float32 only, where that differs by rounding: in bfloat16 the policy that sampled would not be the one that
+        is scored. Not where activations are computed again in the backward pass, which comes later.
         """
         exact = self.model.dtype == torch.float32 and not (self.checkpointed and torch.is_grad_enabled())
         layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLinear) and not m.disable_adapters
@@ -204,8 +206,8 @@ class VLMPolicy(nn.Module):
         how = self.processor.image_processor
         if not ("height" in how.size and how.size["height"] < images.shape[1] and how.do_rescale and how.do_normalize):
             return self._process(images, prompts)
-        # Pictures that are shrunk and normalised, nothing else, are so all at once, and each prompt is read once, beside a blank
-        # one: the processor takes both one by one, which is as much work as drawing them.
+        # Pictures that are shrunk and normalised, nothing else, are so all at once, and each prompt is read once,
+        # beside a blank one: the processor takes both one by one, which is as much work as drawing them.
         size = how.size["height"], how.size["width"]
         if len(self.read) > 10_000:
             self.read.clear()
@@ -254,8 +256,8 @@ class VLMPolicy(nn.Module):
         text = decode(len(ids))
         # The first token whose text reaches past the start of `"action":`, by bisection over prefixes.
         start = action_start(text)
-        at = len(ids) if start == len(text) else bisect.bisect_right(range(len(ids)), start, key=lambda k: len(decode(k + 1)))
-        return Answer(inputs, tokens, at, text)
+        at = bisect.bisect_right(range(len(ids)), start, key=lambda k: len(decode(k + 1)))
+        return Answer(inputs, tokens, at if start < len(text) else len(ids), text)
 
     # -- sampling and scoring -------------------------------------------------------------------------
 
@@ -273,7 +275,8 @@ class VLMPolicy(nn.Module):
         for i in range(0, len(answers), microbatch):
             self.evaluate(answers[i: i + microbatch])
             hidden.append(self.hidden[:, 0].float())
-        self.value_head[0].running_var, self.value_head[0].running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
+        norm = self.value_head[0]
+        norm.running_var, norm.running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
 
     @torch.no_grad()
     def value(self, images, prompts):
@@ -295,13 +298,13 @@ class VLMPolicy(nn.Module):
         return answers
 
     def _generate(self, batch):
-        """Sample token by token: (tokens, their log-probabilities, both (N, max_new_tokens), lengths (N,), list of N values)."""
+        """Sample token by token: tokens and their log-probabilities (N, max_new_tokens), lengths (N,), N values."""
         n, mask = len(batch["input_ids"]), batch["attention_mask"]
         cache = DynamicCache(config=self.model.config.get_text_config())
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         values = self.value_of_last_token().tolist()
-        # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many, a row, and forgets to use it.
+        # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many and forgets to use it.
         shift = next((m.rope_deltas for m in self.shifting if m.rope_deltas is not None), None)
         tokens = torch.zeros(n, self.max_new_tokens, dtype=torch.long)
         logps = torch.zeros(n, self.max_new_tokens)
@@ -325,7 +328,8 @@ class VLMPolicy(nn.Module):
                 shift = shift if shift is None else shift[keep.to(shift.device)]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             # Three coordinates a token, the same for text.
-            places = {} if shift is None else {"position_ids": (mask.sum(1, keepdim=True) - 1 + shift).expand(3, -1, -1)}
+            place = mask.sum(1, keepdim=True) - 1
+            places = {} if shift is None else {"position_ids": (place + shift).expand(3, -1, -1)}
             output = self.model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values,
                                 use_cache=True, **places)
         lengths[lengths == 0] = self.max_new_tokens
@@ -333,11 +337,11 @@ class VLMPolicy(nn.Module):
 
     def evaluate(self, answers):
         """Score a list of `Answer` again, each under its own picture and prompt; returns `Scores`."""
-        batch = self.collate([answer.inputs for answer in answers])
-        tokens = pad_sequence([answer.tokens for answer in answers], True, self.tokenizer.pad_token_id).to(self.model.device)
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        length = torch.tensor([len(answer.tokens) for answer in answers], device=tokens.device)[:, None]
-        action_at = torch.tensor([answer.action_at for answer in answers], device=tokens.device)[:, None]
+        batch, device = self.collate([answer.inputs for answer in answers]), self.model.device
+        tokens = pad_sequence([answer.tokens for answer in answers], True, self.tokenizer.pad_token_id).to(device)
+        place = torch.arange(tokens.shape[1], device=device)
+        length = torch.tensor([len(answer.tokens) for answer in answers], device=device)[:, None]
+        action_at = torch.tensor([answer.action_at for answer in answers], device=device)[:, None]
         extra = {"input_ids": tokens, "attention_mask": (place < length).long()}
         batch = {key: torch.cat([x, extra.get(key, torch.zeros_like(tokens))], 1) if x.shape == batch["input_ids"].shape
                  else x for key, x in batch.items()}
@@ -353,20 +357,21 @@ class VLMPolicy(nn.Module):
         with torch.no_grad():
             entropy = -(logp_all.exp() * logp_all.clamp(min=-1e4)).sum(-1).masked_fill(place >= length, 0)
         return Scores(logp_cot=(logp * (place < action_at)).sum(1), logp_action=(logp * (place >= action_at)).sum(1),
-                      value=self.value_of_last_token(), entropy=entropy.sum(1) / length[:, 0], logps=logp, written=place < length)
+                      value=self.value_of_last_token(), entropy=entropy.sum(1) / length[:, 0], logps=logp,
+                      written=place < length)
 
 
 class CNNPolicy(nn.Module):
     """The paper's baseline without language: a picture, convolutions, and a head each for action and value.
 
-    It has the interface of `VLMPolicy`, and answers with an action and no thoughts. actions: of one task, legal in every state.
+    It has the interface of `VLMPolicy`, and answers with an action and no thoughts. actions: of one task, always legal.
     """
 
     def __init__(self, actions, temperature=1.0):
         super().__init__()
         self.actions, self.temperature = actions, temperature
-        self.body = nn.Sequential(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
-                                  nn.Flatten(), nn.Linear(64 * 9 * 9, 512), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
+                                  nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 9 * 9, 512), nn.ReLU())
         self.action_head, self.value_head = nn.Linear(512, len(actions)), nn.Linear(512, 1)
 
     def save(self, directory):
@@ -389,42 +394,48 @@ class CNNPolicy(nn.Module):
         images = shrink(images, 100, 100).numpy()
         logp, values = self.see(images)
         tokens = sample(logp).cpu()
-        return [Answer({"image": image}, token, 0, f'"action": "{self.actions[token]}"', 0.0, row[token].item(), value.item(),
-                       row[token].double()) for image, token, row, value in zip(images, tokens, logp.cpu(), values)]
+        return [Answer({"image": image}, token, 0, f'"action": "{self.actions[token]}"', 0.0, row[token].item(),
+                       value.item(), row[token].double())
+                for image, token, row, value in zip(images, tokens, logp.cpu(), values)]
 
     def evaluate(self, answers):
         logp, values = self.see(np.stack([answer.inputs["image"] for answer in answers]))
         logps = logp.gather(1, torch.stack([answer.tokens for answer in answers]).to(logp.device))
-        return Scores(torch.zeros_like(values), logps[:, 0], values, -(logp.exp() * logp).sum(1).detach(), logps, torch.ones_like(logps).bool())
+        return Scores(torch.zeros_like(values), logps[:, 0], values, -(logp.exp() * logp).sum(1).detach(), logps,
+                      torch.ones_like(logps).bool())
 
 
 # ---------------------------------------------------------------------------------------------------
 # Models
 
 
-def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=torch.float32, quantize=None):
-    """(model, processor) for `name`: "tiny", a model of the Hugging Face hub, or a folder with one; seed, texts: see `build_tiny`.
+def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=torch.float32, quantize=None,
+               trust_remote_code=False):
+    """(model, processor) for `name`: "tiny" (see `build_tiny`), a model of the Hugging Face hub, or a folder with one.
 
-    image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole alone,
-    as the paper does: 576 tokens instead of up to 2,880. quantize: "4bit" for base weights in four bits (bitsandbytes, on cuda).
-    Weights are read from safetensors, and no code that comes with them is run. Raises OSError or ValueError.
+    image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole
+    alone, as the paper does: 576 tokens instead of up to 2,880. quantize: "4bit" for base weights in four bits
+    (bitsandbytes, on cuda). Weights are read from safetensors alone; Python code that comes with a model is run only
+    with trust_remote_code. Raises OSError or ValueError.
     """
     if name == "tiny":
         model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
     try:
-        config, processor = AutoConfig.from_pretrained(name), AutoProcessor.from_pretrained(name)
+        config, processor = (kind.from_pretrained(name, trust_remote_code=trust_remote_code)
+                             for kind in (AutoConfig, AutoProcessor))
     except ImportError as error:  # some processors want a package of their own
         raise ValueError(str(error).strip()) from None
     if not getattr(processor, "chat_template", None):
         raise ValueError("its processor has no chat template")
-    kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device})
+    kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device}, trust_remote_code=trust_remote_code)
     if quantize:
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     if config.model_type == "llava_next" and image_tiles == "one":
-        # The same weights and words in LLaVA-1.5's class, which knows no tiles. The games' pictures are square: nothing to pad.
-        keys = ("vision_config", "text_config", "image_token_id", "projector_hidden_act", "vision_feature_select_strategy",
-                "vision_feature_layer", "multimodal_projector_bias")
+        # The same weights and words in LLaVA-1.5's class, which knows no tiles. The games' pictures are square already.
+        keys = ("vision_config", "text_config", "image_token_id", "projector_hidden_act", "vision_feature_layer",
+                "vision_feature_select_strategy", "multimodal_projector_bias")
         config = LlavaConfig(**{key: getattr(config, key) for key in keys})
         size, images = config.vision_config.image_size, processor.image_processor
         processor = LlavaProcessor(
@@ -445,7 +456,7 @@ CHAT_TEMPLATE = (
 def build_tiny(seed=0, texts=None):
     """A LLaVA of about 1 M parameters with processor, tokenizer and chat template, built here: no download.
 
-    texts: what its tokenizer learns from (default: the four card games' prompts and answers); seed: of its random weights.
+    texts: what its tokenizer learns from (default: the card games' prompts and answers); seed: of its random weights.
     A picture is 100 x 100 pixels, 25 patches of 20: about a patch a card. Everything else is the code that
     a LLaVA of 7 B parameters runs.
     """
@@ -464,7 +475,8 @@ def build_tiny(seed=0, texts=None):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     # The instructions never change: each line that prompts repeat is one token, which halves the cost of a step.
     lines = Counter(line for text in texts if "\n" in text for line in text.split("\n"))
-    tokenizer.add_tokens([AddedToken(line, normalized=False) for line, n in lines.items() if n >= 100 and len(line) > 20])
+    tokenizer.add_tokens([AddedToken(line, normalized=False)
+                          for line, n in lines.items() if n >= 100 and len(line) > 20])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
                                         eos_token="</s>", additional_special_tokens=["<image>"])
     processor = LlavaProcessor(

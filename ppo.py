@@ -31,8 +31,10 @@ class Rollout:
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
     truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
-    logps: torch.Tensor | None = None  # (T * N, longest answer) log p of each token, 0 past the end: for one ratio a token
-    sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy, for the penalty on drift from it
+    # For one ratio a token: (T * N, longest answer) log p of each token, 0 past an answer's end.
+    logps: torch.Tensor | None = None
+    # For the penalty on drift: log p(v_tht | o, v_in) under the SFT policy.
+    sft_logp_cot: torch.Tensor | None = None
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
@@ -43,16 +45,16 @@ def action_log_prob(logp_cot, logp_action, cot_scale):
 def auto_cot_scale(logps, action_at):
     """The lambda at which thoughts and action add equal noise to the policy gradient.
 
-    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score has mean zero whatever
-    came before it, so scores of different tokens are uncorrelated and their variances add up:
+    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score has mean zero
+    whatever came before it, so scores of different tokens are uncorrelated and their variances add up:
 
         Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act,      F = sum over the part's tokens of E |s|^2
 
-    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2 = E[1 - p(sampled token)]:
-    the sampled tokens' own probabilities estimate F. Equal shares, lambda^2 F_cot = F_act, give lambda = sqrt(F_act / F_cot),
-    here at most 1. A thought that is certain adds no noise, however long it is.
+    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2
+    = E[1 - p(sampled token)]: the sampled tokens' own probabilities estimate F. Equal shares, lambda^2 F_cot = F_act,
+    give lambda = sqrt(F_act / F_cot), here at most 1. A thought that is certain adds no noise, however long it is.
 
-    logps: list of (length,) log-probabilities of sampled answers; action_at: list of the index where each one's action begins.
+    logps: list of (length,) log-probabilities of sampled answers; action_at: list of where each one's action begins.
     """
     noise = [(1 - x.exp()).double() for x in logps]
     total = torch.stack([torch.stack([x[:at].sum(), x[at:].sum()]) for x, at in zip(noise, action_at)]).sum(0)
@@ -85,15 +87,15 @@ def explained_variance(values, returns):
 
 
 def kl_estimate(log_ratio):
-    """Estimate of KL(p, q) from samples of p, log_ratio = log q - log p: unbiased, never negative, of low variance (Schulman 2020, k3)."""
+    """Estimate of KL(p, q) from samples of p, log_ratio = log q - log p: unbiased, never negative (Schulman's k3)."""
     return log_ratio.exp() - 1 - log_ratio
 
 
 def loss_terms(scores, old, cot_scale, clip, value_clip):
     """What a batch of steps adds to the loss and to the report, a dict of tensors (batch,).
 
-    scores: of the policy being trained; old: dict of what the rollout knew (logp, value, advantage, return, sft_logp_cot;
-    logps where every token has a ratio of its own, as in VL-DAC, arXiv 2508.04280: lambda then plays no role).
+    scores: of the policy being trained; old: dict of what the rollout knew: logp, value, advantage, return, maybe
+    sft_logp_cot, and logps where every token has a ratio of its own (VL-DAC, arXiv 2508.04280: without lambda).
     """
     if "logps" in old:
         log_ratio = scores.logps - old["logps"][:, :scores.logps.shape[1]]  # (batch, tokens)
@@ -110,7 +112,7 @@ def loss_terms(scores, old, cot_scale, clip, value_clip):
         "value_loss": 0.5 * torch.max((scores.value - old["return"]) ** 2, (near - old["return"]) ** 2),
         # KL(p, p_SFT) of the thoughts: SFT has taught how to read and reason, and the action is free
         # (the square has the gradient of KL itself, and no exponential that an unlikely thought could blow up)
-        "kl_to_sft": 0.5 * (old["sft_logp_cot"] - scores.logp_cot) ** 2 if "sft_logp_cot" in old else torch.zeros_like(scores.value),
+        "kl_to_sft": 0.5 * (old.get("sft_logp_cot", scores.logp_cot) - scores.logp_cot) ** 2,
         "approx_kl": (share * kl_estimate(log_ratio)).sum(1),
         "clipfrac": (share * ((ratio - 1).abs() > clip)).sum(1),
         "entropy": scores.entropy,
@@ -134,45 +136,50 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     shares: the advantages are normalised and the gradients summed over all of them.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, kl_to_sft,
-    grad_norm (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the first
-    mini-batch), skipped (number of mini-batches).
+    grad_norm (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the
+    first mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
     everyone = gather(advantages)
-    old = {"advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns, "value": rollout.values,
-           "logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale)}
+    old = {"logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale), "value": rollout.values,
+           "advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns}
     if rollout.sft_logp_cot is not None:
         old["sft_logp_cot"] = rollout.sft_logp_cot
-    old = {key: x.flatten() for key, x in old.items()} | ({} if rollout.logps is None else {"logps": rollout.logps})
+    old = {key: x.flatten() for key, x in old.items()}  # (T * N,)
+    if rollout.logps is not None:
+        old["logps"] = rollout.logps
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    history, first_ratio_error, skipped, skipped_in_a_row = [], None, 0, 0
-    shuffled = (batch for _ in range(epochs) for batch in torch.randperm(len(old["logp"])).split(minibatch // world_size()))
-    for batch in shuffled:
+    steps, share = len(old["logp"]), minibatch // world_size()
+    history, first_ratio_error, skipped, skipped_in_a_row = [], 0.0, 0, 0
+    for batch in (batch for _ in range(epochs) for batch in torch.randperm(steps).split(share)):
         stats = {}
         for index in batch.split(microbatch):
             scores = policy.evaluate([rollout.answers[i] for i in index])
-            terms = loss_terms(scores, {key: x[index].to(scores.value.device) for key, x in old.items()}, cot_scale, clip, value_clip)
+            here = {key: x[index].to(scores.value.device) for key, x in old.items()}
+            terms = loss_terms(scores, here, cot_scale, clip, value_clip)
             loss = terms["policy_loss"] + value_coef * terms["value_loss"] + kl_coef * terms["kl_to_sft"]
             (loss.sum() / (len(batch) * world_size())).backward()
-            worst = terms.pop("ratio_error").max().item()
-            first_ratio_error = max(worst, first_ratio_error or 0.0) if not history and not skipped else first_ratio_error
+            ratio_error = terms.pop("ratio_error").max().item()
+            if not history and not skipped:
+                first_ratio_error = max(first_ratio_error, ratio_error)
             stats = {key: stats.get(key, 0.0) + x.sum().item() / len(batch) for key, x in terms.items()}
         sum_gradients(parameters)
-        stats = dict(zip(stats, gather(torch.tensor([list(stats.values())])).reshape(-1, len(stats)).mean(0).tolist()))
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-        broken = not math.isfinite(stats["grad_norm"]) or stats.pop("exploded") > 0
+        means = gather(torch.tensor([list(stats.values())])).reshape(-1, len(stats)).mean(0).tolist()
+        stats = dict(zip(stats, means)) | {
+            "grad_norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()}
+        broken = not math.isfinite(stats["grad_norm"]) or stats["exploded"] > 0
         if not broken:
             optimizer.step()
             history.append(stats)
         optimizer.zero_grad(set_to_none=True)
         skipped, skipped_in_a_row = skipped + broken, (skipped_in_a_row + 1) * broken
         if skipped_in_a_row > MAX_SKIPPED:
-            raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or an exploding ratio")
+            raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or exploded")
         if target_kl and not broken and stats["approx_kl"] > 1.5 * target_kl:
             break
-    return {key: sum(stats[key] for stats in history) / max(len(history), 1) for key in stats if key != "exploded"} | {
-        "explained_variance": explained_variance(gather(rollout.values), gather(returns)),
-        "first_ratio_error": first_ratio_error, "skipped": skipped}
+    means = {key: sum(stats[key] for stats in history) / max(len(history), 1) for key in stats if key != "exploded"}
+    return means | {"explained_variance": explained_variance(gather(rollout.values), gather(returns)),
+                    "first_ratio_error": first_ratio_error, "skipped": skipped}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -207,13 +214,14 @@ def main():
     column = lambda *xs: torch.tensor(xs)[:, None]  # noqa: E731
     rollout = Rollout([], *[torch.zeros(5, 1)] * 2, values=column(0.5, 0.8, 0.2, 0.3, 0.1),
                       next_values=column(0.8, 9.0, 0.3, 0.4, 0.6), rewards=column(0.0, 1.0, 0.0, -1.0, 0.0),
-                      terminated=column(False, True, False, False, False), truncated=column(False, False, False, True, False))
+                      terminated=column(False, True, False, False, False),
+                      truncated=column(False, False, False, True, False))
     advantages, returns = compute_gae(rollout, gamma=0.9, gae_lambda=0.95)
     print("step  reward  V(s)  V(s')  end         advantage  return")
     for t in range(5):
         end = "terminated" if rollout.terminated[t] else "truncated" if rollout.truncated[t] else ""
-        print(f"{t:4}  {rollout.rewards[t, 0]:6.2f}  {rollout.values[t, 0]:.2f}  {rollout.next_values[t, 0]:5.2f}  {end:10}  "
-              f"{advantages[t, 0]:9.4f}  {returns[t, 0]:6.4f}")
+        print(f"{t:4}  {rollout.rewards[t, 0]:6.2f}  {rollout.values[t, 0]:.2f}  {rollout.next_values[t, 0]:5.2f}  "
+              f"{end:10}  {advantages[t, 0]:9.4f}  {returns[t, 0]:6.4f}")
     print("by hand: A1 = 1 - 0.8 = 0.2 (V(s') does not count), A0 = 0.9 * 0.8 - 0.5 + 0.9 * 0.95 * A1 = 0.391,\n"
           "         A3 = -1 + 0.9 * 0.4 - 0.3 = -0.94 (V(s') counts), A2 = 0.9 * 0.3 - 0.2 + 0.9 * 0.95 * A3 = -0.7337")
 

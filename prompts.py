@@ -51,7 +51,8 @@ def points_task(count, target, entries):
 
     return Task(
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once and equals {target}, "
-              f"one entry at a time: a number or one of {entries}. A counts 1; J, Q and K count 10. The entry = hands it in",
+              f"one entry at a time: a number or one of {entries}. A counts 1; J, Q and K count 10. "
+              "The entry = hands it in",
         fields={"cards": (["rank of each card"], lambda info: ranks(info["cards"])),
                 "formula": ("the formula so far", lambda info: "".join(info["formula"]))},
         thoughts=thoughts,
@@ -61,9 +62,10 @@ def points_task(count, target, entries):
 def blackjack_thoughts(info):
     # Longer hands are added up card by card, aces as 1: "12, 19, hard 20 against 10, may bust".
     sums = list(itertools.accumulate(map(env.card_number, info["player"])))
-    dealer = env.card_number(info["dealer_card"])
-    return ("".join(f"{total}, " for total in sums[1:-1]) + f"{'soft' if info['player_total'] > sums[-1] else 'hard'} "
-            f"{info['player_total']} against {'A' if dealer == 1 else dealer}, {'may' if sums[-1] > 11 else 'cannot'} bust")
+    total, dealer = info["player_total"], env.card_number(info["dealer_card"])
+    return ("".join(f"{so_far}, " for so_far in sums[1:-1])
+            + f"{'soft' if total > sums[-1] else 'hard'} {total} against {'A' if dealer == 1 else dealer}, "
+              f"{'may' if sums[-1] > 11 else 'cannot'} bust")
 
 
 TASKS = {
@@ -81,10 +83,10 @@ TASKS = {
         fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
                 "hand": (["rank of each of your cards"], lambda info: ranks(info["player"]))},
         thoughts=blackjack_thoughts),
-    # About 560 characters a prompt (1100 in the data set's rooms), half of them the rules and the form, and 130 an answer.
+    # About 560 characters a prompt (1100 in the data set's rooms), half of them rules and form, and 130 an answer.
     "alfworld": Task(
-        rules="The picture shows a task at the top, below it what is in front of you, then a map of the room and what you carry. "
-              "Do the task: go to places, open them, find things, carry them",
+        rules="The picture shows a task at the top, below it what is in front of you, then a map of the room and what "
+              "you carry. Do the task: go to places, open them, find things, carry them",
         fields={"seen": (["each thing in front"], lambda info: info["visible"]),
                 "carrying": ("what you carry", lambda info: info["carried"] or "nothing")},
         thoughts=lambda info: f"{info['subgoal']}: {info['expert']}",
@@ -106,9 +108,9 @@ def chatter(info):
 def fields(info, style="full"):
     """What an answer holds before its action, a dict of field -> (what to write there, function of info: the truth).
 
-    style: "full" asks for key-state fields and thoughts (the paper's prompt), "thoughts" for thoughts alone, "action" for
-    neither; "vision" is "full", but all that the text would tell of the state must be read from the picture; "chatty" is
-    "full", with thoughts that begin with chatter, as those of large models vary from answer to answer.
+    style: "full" asks for key-state fields and thoughts (the paper's prompt), "thoughts" for thoughts alone, "action"
+    for neither; "vision" is "full", but all that the text would tell of the state must be read from the picture;
+    "chatty" is "full", with thoughts that begin with chatter, as those of large models vary from answer to answer.
     """
     task = TASKS[info["env"]]
     thought = (lambda info: f"{chatter(info)} - {task.thoughts(info)}") if style == "chatty" else task.thoughts
@@ -136,7 +138,7 @@ def demonstration(info, action, style="full"):
 
 
 def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
-    """Prompts and answers from randomly played episodes of the tasks `names`: what the tiny model's tokenizer learns from."""
+    """Prompts and answers from random play of the tasks `names`: what the tiny model's tokenizer learns from."""
     rng, texts = np.random.default_rng(seed), []
     for name in names:
         game = gym.make(env.env_id(name), obs="text")  # draws nothing
@@ -145,7 +147,8 @@ def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
             over, steps = False, 0
             while not over and steps < 25:
                 action = int(rng.integers(len(info["legal_actions"])))
-                texts += [build_prompt(info | {"obs": obs}, style), demonstration(info, info["legal_actions"][action], style)]
+                texts += [build_prompt(info | {"obs": obs}, style),
+                          demonstration(info, info["legal_actions"][action], style)]
                 _, _, terminated, truncated, info = game.step(action)
                 over, steps = terminated or truncated, steps + 1
     return texts

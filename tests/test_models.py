@@ -166,7 +166,7 @@ def checkpoints(tmp_path_factory):
 def policy(request, checkpoints):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "qwen":
-            patch.setattr(policies.AutoProcessor, "from_pretrained", lambda folder: QwenProcessor(tf.AutoTokenizer.from_pretrained(folder)))
+            patch.setattr(policies.AutoProcessor, "from_pretrained", lambda folder, **kwargs: QwenProcessor(tf.AutoTokenizer.from_pretrained(folder)))
         loaded = load_model(str(checkpoints(request.param)), image_tiles="anyres")
     torch.manual_seed(1)
     policy = VLMPolicy(*loaded, temperature=0.7, max_new_tokens=20)
