@@ -291,7 +291,7 @@ def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, t
                                          num_key_value_heads=2, vocab_size=50)).save_pretrained(folder)
     elif what == "no package":
         folder.mkdir()
-        monkeypatch.setattr(policies.AutoConfig, "from_pretrained", lambda name: None)
+        monkeypatch.setattr(policies.AutoConfig, "from_pretrained", lambda name, **kwargs: None)
         monkeypatch.setattr(policies.AutoProcessor, "from_pretrained", Mock(side_effect=ImportError("\nIts videos want a package.\n")))
     else:
         shutil.copytree(checkpoints("llava"), folder)
@@ -301,3 +301,12 @@ def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, t
         train.main(["--env", "blackjack", "--model", str(folder), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and str(folder) in error and not (tmp_path / "run").exists()
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "stranger", "auto_map": {"AutoConfig": "stranger.Config"}}))
+    (tmp_path / "stranger.py").write_text("raise ValueError('the stranger ran')")
+    with pytest.raises(ValueError, match="custom code"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="the stranger ran"):
+        load_model(str(tmp_path), trust_remote_code=True)
