@@ -11,12 +11,14 @@ under the names that each class lists. The model never sees the state; prompts a
 `python env.py --env points24` plays a game in the terminal.
 """
 import argparse
+import ast
 import contextlib
 import inspect
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -132,7 +134,8 @@ def draw_cards(picture, cards, x, y, pitch):
 # ---------------------------------------------------------------------------------------------------
 # Formulas, exactly
 
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+PARSED = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATORS.values()))
 MAX_ENTRIES = 64  # longer than any game allows; keeps exact fractions of hostile input small
 
 
@@ -140,45 +143,19 @@ def evaluate_formula(entries):
     """Value of a formula given as a list of entries such as ["8", "/", "(", "3", ...], as a Fraction.
 
     Infix notation with + - * / and brackets, no unary minus. None if it is malformed, divides by zero or
-    has more than MAX_ENTRIES entries. Dijkstra's shunting-yard algorithm: no recursion, no `eval`.
+    has more than MAX_ENTRIES entries. Python parses it, which runs nothing: no `eval`.
     """
-    if len(entries) > MAX_ENTRIES:
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return PARSED[type(node.op)](value(node.left), value(node.right))
+        return Fraction(node.value)  # AttributeError for "- 1", "3 ( 4 )" and "( )", which Python would parse, too
+
+    if len(entries) > MAX_ENTRIES or not {*entries} <= {*NUMBERS, *OPERATORS, "(", ")"}:
         return None
-    values, operators, operand_next = [], [], True
-
-    def apply():
-        operator, b, a = operators.pop(), values.pop(), values.pop()
-        values.append(combine(operator, a, b))
-
     try:
-        for entry in entries:
-            if entry in PRECEDENCE and not operand_next:
-                while operators and operators[-1] != "(" and PRECEDENCE[operators[-1]] >= PRECEDENCE[entry]:
-                    apply()
-                operators.append(entry)
-                operand_next = True
-            elif entry == "(" and operand_next:
-                operators.append(entry)
-            elif entry == ")" and not operand_next:
-                while operators[-1] != "(":  # IndexError: nothing was opened
-                    apply()
-                operators.pop()
-            elif entry in NUMBERS and operand_next:
-                values.append(Fraction(int(entry)))
-                operand_next = False
-            else:
-                return None
-        while operators:
-            if operators[-1] == "(":
-                return None
-            apply()
-    except (IndexError, ZeroDivisionError):
+        return value(ast.parse(" ".join(entries), mode="eval").body)
+    except (SyntaxError, AttributeError, ZeroDivisionError):
         return None
-    return values[0] if len(values) == 1 and not operand_next else None
-
-
-def combine(operator, a, b):
-    return a + b if operator == "+" else a - b if operator == "-" else a * b if operator == "*" else a / b
 
 
 def expressions(numbers):
@@ -193,14 +170,14 @@ def expressions(numbers):
     for picked in itertools.chain.from_iterable(itertools.combinations(indices, k) for k in indices if k):
         left = parts(tuple(numbers[i] for i in picked))
         right = parts(tuple(numbers[i] for i in indices if i not in picked))
-        for (a, pa, ea), (b, pb, eb), operator in itertools.product(left, right, PRECEDENCE):
-            if operator == "/" and abs(b) < 1e-9:
+        for (a, pa, ea), (b, pb, eb), sign in itertools.product(left, right, OPERATORS):
+            if sign == "/" and abs(b) < 1e-9:
                 continue
-            precedence = PRECEDENCE[operator]
+            precedence = 1 if sign in "+-" else 2
             # a-(b-c) and a/(b/c) need their brackets; a+(b-c) and a*(b/c) read the same without.
-            bracket = pb < precedence or (pb == precedence and operator in "-/")
-            yield (combine(operator, a, b), precedence,
-                   (*(("(", *ea, ")") if pa < precedence else ea), operator, *(("(", *eb, ")") if bracket else eb)))
+            bracket = pb < precedence or (pb == precedence and sign in "-/")
+            yield (OPERATORS[sign](a, b), precedence,
+                   (*(("(", *ea, ")") if pa < precedence else ea), sign, *(("(", *eb, ")") if bracket else eb)))
 
 
 @lru_cache(maxsize=None)
@@ -804,8 +781,8 @@ class ALFWorldEnv(Game):
         engine, state, action = alfworld_engine(), self._state, self._commands[command]
         if engine.playing is not state:  # another game was played meanwhile
             engine.library.load_sas(state.sas.encode())
-            for operator, effects in self._operators:
-                engine.library.apply_operator(operator, (engine.Atom * effects)())
+            for number, effects in self._operators:
+                engine.library.apply_operator(number, (engine.Atom * effects)())
             engine.playing = state
         self._operators.append((action.id, state._operators[action.id].nb_effect_atoms))
         state.apply(action)
