@@ -67,28 +67,20 @@ def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16, bold=0)
     picture.paste(color, (center[0] - mask.width // 2, center[1] - mask.height // 2), mask)
 
 
-def draw_suit(draw, suit, x, y, r, color):
-    """Draw a suit of about 2r x 2r pixels centred at (x, y) from circles and polygons."""
-    def circle(cx, cy, radius):
-        draw.ellipse([cx - radius, cy - radius, cx + radius, cy + radius], color)
+# Shapes are written as (e)llipses, (r)ectangles and (p)olygons, each with a colour's letter and coordinates; suits on a
+# grid of 200 x 200. The sides of heart and spade leave each lobe where its tangent passes through the tip: no corner shows.
+SUIT_SHAPES = {
+    "S": "e c 4 80 104 180 e c 96 80 196 180 p c 100 0 11 105 60 150 140 150 189 105 p c 100 120 140 200 60 200",
+    "H": "e c 4 20 104 120 e c 96 20 196 120 p c 100 200 11 95 60 50 140 50 189 95",
+    "D": "p c 100 0 175 100 100 200 25 100",
+    "C": "e c 52 2 148 98 e c 2 77 98 173 e c 102 77 198 173 p c 100 100 140 200 60 200"}
 
-    stem = [(x, y), (x + 0.4 * r, y + r), (x - 0.4 * r, y + r)]
-    if suit == "D":
-        draw.polygon([(x, y - r), (x + 0.75 * r, y), (x, y + r), (x - 0.75 * r, y)], color)
-    elif suit == "C":
-        for cx, cy in [(x, y - 0.5 * r), (x - 0.5 * r, y + 0.25 * r), (x + 0.5 * r, y + 0.25 * r)]:
-            circle(cx, cy, 0.48 * r)
-        draw.polygon(stem, color)
-    else:  # a spade is a heart upside down on a stem
-        up = 1 if suit == "H" else -1
-        # The sides leave each lobe where its tangent passes through the tip, so that no corner shows.
-        lobe, tip, middle = 0.5 * r, (x, y + up * r), y - up * 0.3 * r
-        for side in (-1, 1):
-            circle(x + side * 0.46 * r, middle, lobe)
-        draw.polygon([tip, (x - 0.89 * r, middle + up * 0.25 * r), (x - 0.4 * r, middle - up * 0.2 * r),
-                      (x + 0.4 * r, middle - up * 0.2 * r), (x + 0.89 * r, middle + up * 0.25 * r)], color)
-        if suit == "S":
-            draw.polygon([(x, y + 0.2 * r), *stem[1:]], color)
+
+def draw_shape(draw, shape, x, y, scale, colors):
+    """Draw a shape with its grid's corner at (x, y), `scale` pixels a unit; colors: letter -> colour."""
+    for form, color, numbers in re.findall(r"([erp]) (\w)((?: \d+)+)", shape):
+        points = [(x, y)[i % 2] + int(n) * scale for i, n in enumerate(numbers.split())]
+        {"e": draw.ellipse, "r": draw.rectangle, "p": draw.polygon}[form](points, colors[color])
 
 
 @lru_cache(maxsize=None)
@@ -107,7 +99,8 @@ def card_picture(card, width):
         for x, digit in digits:
             draw.text((x * w, 0.45 * w), digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=s,
                       stroke_fill=color)
-        draw_suit(draw, suit, w / 2, 1.12 * w, 0.26 * w, color)
+        r = 0.26 * w  # the suit is 2 r wide
+        draw_shape(draw, SUIT_SHAPES[suit], w / 2 - r, 1.12 * w - r, r / 100, {"c": color})
     else:
         back = Image.new("RGBA", (w, h), "#28518f")
         for x in range(-h, w, w // 6):
@@ -281,7 +274,6 @@ class Game(gym.Env):
             return np.full((SIZE, SIZE, 3), 128, np.uint8)
         picture = self.draw()
         if self.obs == "marked" and self.marks:
-            picture = picture.copy()  # some pictures are kept
             for label, box in self.marks:
                 ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
                 draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
@@ -334,13 +326,9 @@ class NumberLineEnv(Game):
     marks = (("target", (206, 44, 274, 136)), ("current", (206, 164, 274, 256)))
 
     def draw(self):
-        return self._draw(self.target, self.current)
-
-    @staticmethod
-    @lru_cache(maxsize=None)
-    def _draw(target, current):
         picture = Image.new("RGB", (SIZE, SIZE), "#f4f1ea")
-        for y, color, name, number in ((90, "#1f6f54", "Target:", target), (210, "#28518f", "Current:", current)):
+        for y, color, name, number in ((90, "#1f6f54", "Target:", self.target),
+                                       (210, "#28518f", "Current:", self.current)):
             ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
             draw_text(picture, name, (100, y), 40, "#f4f1ea")
             draw_text(picture, str(number), (240, y), 84, "white", bold=3)
@@ -497,20 +485,14 @@ class BlackjackEnv(Game):
         return "stand" if stand >= hit else "hit"
 
     def draw(self):
-        picture = self._table().copy()
-        # While the player plays, the dealer's second card lies face down.
-        dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
-        player = draw_cards(picture, self.player, 2, 186, 60)
-        self.marks = [("dealer", dealer[0]), *((f"you {i}", box) for i, box in enumerate(player, 1))]
-        return picture
-
-    @staticmethod
-    @lru_cache(maxsize=None)
-    def _table():
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
         for y, name in ((38, "Dealer"), (164, "Player")):
             draw_text(picture, name, (64, y), 32, "#f4f1ea")
         ImageDraw.Draw(picture).line([(0, 146), (SIZE, 146)], "#3f8d6f", 2)
+        # While the player plays, the dealer's second card lies face down.
+        dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
+        player = draw_cards(picture, self.player, 2, 186, 60)
+        self.marks = [("dealer", dealer[0]), *((f"you {i}", box) for i, box in enumerate(player, 1))]
         return picture
 
 
@@ -535,8 +517,8 @@ ROOMS = {
                  "SoapBar Cloth ToiletPaper Candle SprayBottle HandTowel"),
 }
 
-# Icons, on a grid of 100 x 100: (e)llipse, (r)ectangle or (p)olygon; colour: the thing's own (c), (d)arker, (l)ighter, blac(k) or (p)aper;
-# coordinates. Then who looks like what, and in which colour; all others are boxes.
+# Icons, on a grid of 100 x 100, in the thing's own (c)olour, (d)arker, (l)ighter, blac(k) or (p)aper. Then who looks
+# like what, and in which colour; all others are boxes.
 SHAPES = dict(re.findall(r"([a-z][a-z ]+): ([^;]+)", """
     round: e c 14 20 86 92 p k 47 24 60 4 66 6 54 26 e l 28 32 46 50; egg: e c 24 10 76 92 e l 34 24 50 48;
     loaf: r c 8 44 92 86 e c 8 20 92 68 r d 34 40 38 84 r d 62 40 66 84;
@@ -583,13 +565,11 @@ PAPER, INK = "#f4f1ea", "#101820"
 def icon(name, pixels, state=""):
     """A picture of an object or receptacle ("mug", "fridge"; state: "", "open" or "lit") of pixels x pixels, transparent around it."""
     shape, color = LOOKS.get(name, ("box", "#%06x" % ((zlib.crc32(name.encode()) & 0x7F7F7F) + 0x303030)))
-    s, paint = pixels * 4 / 100, np.array(ImageColor.getrgb(color))
+    paint = np.array(ImageColor.getrgb(color))
     colors = {"c": paint, "d": paint * 0.6, "l": paint * 0.4 + 153, "k": (24, 28, 34), "p": (244, 241, 234)}
     picture = Image.new("RGBA", (pixels * 4, pixels * 4))
-    draw = ImageDraw.Draw(picture)
-    for form, fill, points in re.findall(r"([erp]) (\w)((?: \d+)+)", SHAPES.get(f"{shape} {state}", SHAPES[shape])):
-        fill, points = tuple(int(value) for value in colors[fill]), [int(p) * s for p in points.split()]
-        {"e": draw.ellipse, "r": draw.rectangle, "p": draw.polygon}[form](points, fill)
+    draw_shape(ImageDraw.Draw(picture), SHAPES.get(f"{shape} {state}", SHAPES[shape]), 0, 0, pixels * 4 / 100,
+               {letter: tuple(map(int, color)) for letter, color in colors.items()})
     return picture.resize((pixels, pixels), Image.LANCZOS)
 
 
