@@ -21,7 +21,6 @@ import math
 import operator
 import os
 import re
-import shutil
 import sys
 import tempfile
 import zlib
@@ -30,6 +29,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -68,7 +68,7 @@ def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16, bold=0)
 
 
 # Shapes are written as (e)llipses, (r)ectangles and (p)olygons, each with a colour's letter and coordinates; suits on a
-# grid of 200 x 200. The sides of heart and spade leave each lobe where its tangent passes through the tip: no corner shows.
+# grid of 200 x 200. The sides of heart and spade leave each lobe where its tangent passes through the tip: no corner.
 SUIT_SHAPES = {
     "S": "e c 4 80 104 180 e c 96 80 196 180 p c 100 0 11 105 60 150 140 150 189 105 p c 100 120 140 200 60 200",
     "H": "e c 4 20 104 120 e c 96 20 196 120 p c 100 200 11 95 60 50 140 50 189 95",
@@ -214,6 +214,7 @@ class Game(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
     name: str       # of the task, a key of GAMES
     actions: tuple  # of str
+    space = gym.spaces.Discrete  # of the indices into them
     illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
     evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
     marks = ()       # what matters in the picture that was drawn last, as pairs of a label and a box (left, top, right, bottom)
@@ -221,7 +222,7 @@ class Game(gym.Env):
     def __init__(self, render_mode=None, obs="image"):
         self.render_mode, self.obs = render_mode, obs
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self.action_space = gym.spaces.Discrete(len(self.actions))
+        self.action_space = self.space(len(self.actions))
         self.fixed = {*vars(self), "fixed", "spec", "marks"}  # the rest belongs to the episode
         self.over = True
 
@@ -579,36 +580,27 @@ def alfworld_engine():
 
     One library serves all games of a process, whoever acts loads its state: 0.1 ms, where a library a game is 33 MB.
     """
-    variable, argv = os.environ.get("ALFWORLD_DATA"), sys.argv
-    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()  # importing alfworld sets this variable and makes the folder
-    sys.argv = ["", "domain", "problem"]  # importing the translator reads it
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            import alfworld.gen.constants as constants
-            import fast_downward
-            from alfworld.agents.utils.misc import Demangler
-            from alfworld.gen.goal_library import gdict
-            from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-            from fast_downward.translate import translate as translator
-            from textworld.envs.pddl import logic, textgen
-            from textworld.generator.game import EntityInfo
-            from textworld.logic import Rule
-    finally:
-        sys.argv = argv
-        os.environ.pop("ALFWORLD_DATA")
-        if variable is not None:
-            os.environ["ALFWORLD_DATA"] = variable
+    # Importing alfworld prints, sets ALFWORLD_DATA and makes that folder; importing the translator reads sys.argv.
+    with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", ["", "domain", "problem"]),
+          mock.patch.dict(os.environ, ALFWORLD_DATA=tempfile.gettempdir())):
+        import alfworld.gen.constants as constants
+        import fast_downward
+        from alfworld.agents.utils.misc import Demangler
+        from alfworld.gen.goal_library import gdict
+        from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+        from fast_downward.translate import translate as translator
+        from textworld.envs.pddl import logic, textgen
+        from textworld.generator.game import EntityInfo
+        from textworld.logic import Rule
     pddl2sas, ground = fast_downward.pddl2sas, translator.pddl_to_sas
 
     @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
         # Grounding the actions takes 25 of 30 ms: a built-in game keeps the result, for its own problem and no other.
         kept = engine.grounded.get(problem)
-        translator.pddl_to_sas = (lambda task: SimpleNamespace(output=lambda file: file.write(kept))) if kept else ground
-        try:
-            return pddl2sas(domain, problem)
-        finally:
-            sys.argv = argv  # pddl2sas replaces it
+        grounding = (lambda task: SimpleNamespace(output=lambda file: file.write(kept))) if kept else ground
+        with mock.patch.object(translator, "pddl_to_sas", grounding), mock.patch.object(sys, "argv", []):
+            return pddl2sas(domain, problem)  # sets sys.argv
 
     # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
     fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
@@ -699,7 +691,7 @@ class ALFWorldEnv(Game):
     front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from the
     expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
     """
-    name, actions = "alfworld", ("",) * 256  # at most so many; they change
+    name, actions, space = "alfworld", ("",) * 256, LegalIndices  # at most so many actions; they change
     illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
     games = {"train": 500, "unseen": 50}  # built-in games a type of task
 
@@ -711,7 +703,6 @@ class ALFWorldEnv(Game):
         self.names = data_set(self.data) if data else {kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
         alfworld_engine()
         super().__init__(render_mode, obs)
-        self.action_space = LegalIndices(len(self.actions))
 
     def deal(self):
         kinds, solvable = [kind for kind in ALFRED_TASKS if self.names[kind]], False
@@ -824,7 +815,7 @@ class ALFWorldEnv(Game):
         return (bool(placed) + bool(changed) + bool({*placed} & {*changed})) / 3
 
     def legal_actions(self):
-        return sorted(self._commands)
+        return sorted(self._commands)[:len(self.actions)]
 
     def state(self):
         subgoal, command = self._plan()
@@ -958,43 +949,34 @@ class ALFWorldEnv(Game):
         return picture
 
 
-class ALFWorldThorEnv(Game):
+class ALFWorldThorEnv(ALFWorldEnv):
     """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, games of the data set; else as `ALFWorldEnv`.
 
     engine: an `AlfredThorEnv` of one game, made from ALFWORLD_DATA where it is left out. Of the state, `visible` and `carried` are
     what the engine's words say, and `subgoal` is the expert's next command.
     """
-    name, actions = "alfworld", ALFWorldEnv.actions
-    illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
-
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
-        super().__init__(render_mode, obs)
-        self.action_space = LegalIndices(len(self.actions))
+        Game.__init__(self, render_mode, obs)
 
     def deal(self):
         files = sorted(self.engine.json_file_list)
-        self.game, self.played, self.carried = files[self.np_random.integers(len(files))], [], ""
-        self._order(None, True, self.game)
+        self.game, self.played = files[self.np_random.integers(len(files))], []
+        self._begin(self.game)
 
-    def play(self, action):
-        self._order(action, False, "")
-        self.played.append(action)
-        won, rate = bool(self._infos["won"][0]), float(self._infos["goal_condition_success_rate"][0])
-        return 50 * won + rate, won, not won and len(self.played) >= self.max_steps
+    def _load(self, name):
+        return (name,)
 
-    def restore(self, snapshot):
-        self._order(None, True, snapshot["game"])
-        for action in snapshot["played"]:
-            self._order(action, False, "")
-        return super().restore(snapshot)
+    def _begin(self, game):
+        self.carried = ""
+        self._act(None, True, game)
 
-    def _order(self, *order):
-        """Let the engine's thread play an action or begin a game: (action or None, whether to begin, file of the game)."""
+    def _act(self, action, begin=False, file=""):
+        """Let the engine's thread play an action, or begin the game of a file."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self.engine.action_queues[0].put(order)
+            self.engine.action_queues[0].put((action, begin, file))
             said, _, self._infos = self.engine.wait_and_get_info()
-        self._said = said[0]
+        self._said, self._won = said[0], bool(self._infos["won"][0])
         if taken := re.search(r"You pick up the (\w+ \d+)", self._said):
             self.carried = taken[1]
         elif "You put the" in self._said:
@@ -1004,19 +986,18 @@ class ALFWorldThorEnv(Game):
         self._commands = sorted({*self._infos["admissible_commands"][0]} - {"look", "inventory", "help"})
         self.action_space.legal = len(self._commands)
 
-    def legal_actions(self):
-        return self._commands[:len(self.actions)]
+    def _rate(self):
+        return float(self._infos["goal_condition_success_rate"][0])
 
     def state(self):
         plan = self._infos["extra.expert_plan"][0]
         expert = plan[0] if plan and plan[0] in self._commands else self._commands[0]
         kind = next((kind for kind, task in ALFRED_TASKS.items() if task in str(self._infos["extra.gamefile"][0])), "")
-        won, sight = bool(self._infos["won"][0]), re.search(r"you see (.*)", self._said)
-        return {"task": self._task, "task_type": kind, "observation": self._said, "carried": self.carried, "won": won, "success": won,
-                "visible": re.findall(r"an? (\w+ \d+)", sight[1]) if sight else [], "goal_conditions": float(
-                    self._infos["goal_condition_success_rate"][0]), "subgoal": expert, "expert": expert}
-
-    expert = staticmethod(ALFWorldEnv.expert)
+        sight = re.search(r"you see (.*)", self._said)
+        return {"task": self._task, "task_type": kind, "observation": self._said, "carried": self.carried,
+                "won": self._won, "success": self._won,
+                "visible": re.findall(r"an? (\w+ \d+)", sight[1]) if sight else [],
+                "goal_conditions": self._rate(), "subgoal": expert, "expert": expert}
 
     def draw(self):
         frame = self.engine.get_frames()[0]  # (height, width, 3) uint8, blue first
@@ -1082,13 +1063,11 @@ def kept_game(split, name):
             if len(game["walkthrough"]) > 40:
                 raise RuntimeError(f"the expert does not solve the built-in game {split}/{name}: {player._task}")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
-        for file, content in (("game.tw-pddl", game), ("traj_data.json", trajectory)):
-            (part / file).write_text(json.dumps(content))
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster, with the same game
-            shutil.rmtree(part)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as part:
+            for file, content in (("game.tw-pddl", game), ("traj_data.json", trajectory)):
+                Path(part, file).write_text(json.dumps(content))
+            with contextlib.suppress(OSError):  # another process was faster, with the same game
+                Path(part).rename(folder)
     return data_game(folder)
 
 
