@@ -1118,15 +1118,15 @@ class Games:
     def __init__(self, name, num_envs, seed, obs="image", evaluation=False):
         kinds = [GAMES[kind] for kind in name.split(",")]
 
-        def make(i):
-            game = gym.make(env_id(kinds[i].name), obs=obs, **kinds[i].evaluation if evaluation else {})
+        def make(kind):
+            game = gym.make(env_id(kind.name), obs=obs, **kind.evaluation if evaluation else {})
             if len(kinds) > 1:  # a vector wants equal action spaces
                 game.action_space = gym.spaces.Discrete(max(len(kind.actions) for kind in kinds))
             return game
 
         # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
-        self.vector = gym.vector.SyncVectorEnv([partial(make, i % len(kinds)) for i in range(num_envs)], copy=False,
-                                               autoreset_mode="Disabled")
+        makers = [partial(make, kinds[i % len(kinds)]) for i in range(num_envs)]
+        self.vector = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode="Disabled")
         images, infos = self.vector.reset(seed=seed)
         self.images, self.infos = images, split_info(infos)
 
@@ -1143,10 +1143,9 @@ class Games:
                 "last_images": {i: images[i].copy() for i in np.flatnonzero(terminated | truncated)}}
         self.infos, over = list(step["infos"]), terminated | truncated | restart
         if over.any():
-            _, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over], options={"reset_mask": over})
-            infos = split_info(infos)
-            for i in np.flatnonzero(over):
-                self.infos[i] = infos[i]
+            _, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over],
+                                         options={"reset_mask": over})
+            self.infos = [new or old for new, old in zip(split_info(infos), self.infos)]
         return step
 
     def snapshot(self):
@@ -1212,27 +1211,26 @@ def main():
     parser.add_argument("--seed", type=natural_int, default=None, help="fixes the episode")
     parser.add_argument("--picture", default="game.png", help="file for the picture that the model would see")
     args = parser.parse_args()
-    env = gym.make(env_id(args.env))
-    image, info = env.reset(seed=args.seed)
-    over, total = False, 0.0
-    while not over:
+    game = gym.make(env_id(args.env)).unwrapped
+    image, info = game.reset(seed=args.seed)
+    while not game.over:
         try:
             Image.fromarray(image).save(args.picture)
         except (OSError, ValueError) as error:
             parser.error(f"cannot write {args.picture}: {error}")
         show(image) if sys.stdout.isatty() else print(f"picture: {args.picture}")
+        legal, hint = info["legal_actions"], expert_action(info)
         try:
-            action = input(f"your action ({', '.join(info['legal_actions'])}; the expert plays {expert_action(info)}): ").strip()
+            action = input(f"your action ({', '.join(legal)}; the expert plays {hint}): ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        if action not in info["legal_actions"]:
+        if action not in legal:
             print("that is not one of the actions")
             continue
-        image, reward, terminated, truncated, info = env.step(info["legal_actions"].index(action))
-        over, total = terminated or truncated, total + reward
+        image, reward, _, _, info = game.step(legal.index(action))
         print(f"reward {reward:+.0f}")
     show(image) if sys.stdout.isatty() else None
-    print(f"return {total:+.0f}, {'success' if info['success'] else 'no success'}")
+    print(f"return {game.episode_return:+.0f}, {'success' if info['success'] else 'no success'}")
 
 
 if __name__ == "__main__":
