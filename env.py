@@ -204,9 +204,15 @@ def card_number(card):
 
 
 class Game(gym.Env):
-    """A game played with short text actions; a subclass writes `deal`, `play`, `state` and `draw`.
+    """A game played with short text actions. A subclass has a `name` and `actions`, and writes
 
-    obs: "image"; "marked", boxes and labels around what matters in it; or "text", a grey picture (the prompt tells the state).
+    deal()          begin an episode, with randomness from `self.np_random` alone
+    play(action)    play the text `action`; returns (reward, terminated, truncated)
+    state()         the true state behind the picture, as a dict for `info`
+    draw()          the picture as a new PIL image of SIZE x SIZE
+    expert(info)    static: the best legal action (str) in the state that `info` holds
+
+    obs: "image"; "marked", boxes and labels around what matters in it; or "text", a grey picture (the prompt tells it).
 
     Raises what Gymnasium raises: `ResetNeeded` before the first reset and after the end, `InvalidAction` for
     an action outside the action space.
@@ -225,27 +231,6 @@ class Game(gym.Env):
         self.action_space = self.space(len(self.actions))
         self.fixed = {*vars(self), "fixed", "spec", "marks"}  # the rest belongs to the episode
         self.over = True
-
-    def deal(self):
-        """Begin an episode, with randomness from `self.np_random` alone."""
-        raise NotImplementedError
-
-    def play(self, action):
-        """Play the text `action`; returns (reward, terminated, truncated)."""
-        raise NotImplementedError
-
-    def state(self):
-        """The true state behind the picture, as a dict for `info`."""
-        raise NotImplementedError
-
-    def draw(self):
-        """The picture as a PIL image of SIZE x SIZE."""
-        raise NotImplementedError
-
-    @staticmethod
-    def expert(info):
-        """The best legal action (str) in the state that `info` holds."""
-        raise NotImplementedError
 
     def legal_actions(self):
         return list(self.actions)
@@ -267,17 +252,17 @@ class Game(gym.Env):
         return self.render(), float(reward), terminated, truncated, self._info()
 
     def _info(self):
-        return {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(), "success": bool(self.over and self.episode_return > 0),
-                **self.state()}
+        info = {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(),
+                "success": bool(self.over and self.episode_return > 0)}
+        return info | self.state()
 
     def render(self):
         if self.obs == "text":
             return np.full((SIZE, SIZE, 3), 128, np.uint8)
         picture = self.draw()
-        if self.obs == "marked" and self.marks:
-            for label, box in self.marks:
-                ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
-                draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
+        for label, box in self.marks if self.obs == "marked" else ():
+            ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
+            draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
         return np.asarray(picture)
 
     def snapshot(self):
@@ -287,9 +272,8 @@ class Game(gym.Env):
 
     def restore(self, snapshot):
         """Go on from a `snapshot`; returns (picture, info)."""
-        snapshot = dict(snapshot)
-        self.np_random.bit_generator.state = snapshot.pop("chance")
-        vars(self).update(snapshot)
+        self.np_random.bit_generator.state = snapshot["chance"]
+        vars(self).update({key: value for key, value in snapshot.items() if key != "chance"})
         return self.render(), self._info()
 
     def deal_cards(self, ranks):
@@ -348,13 +332,9 @@ class PointsGame(Game):
     max_entries: int
 
     def deal(self):
-        self.cards = self.deal_cards(self.deal_ranks())
+        self.cards = self.deal_cards(self.deal_ranks())  # indices into RANKS, one a card: a subclass's
         self.numbers = [card_number(card) for card in self.cards]
         self.formula = []
-
-    def deal_ranks(self):
-        """Indices into RANKS, one a card."""
-        raise NotImplementedError
 
     def play(self, action):
         used = sorted(int(entry) for entry in self.formula if entry in NUMBERS)
