@@ -745,14 +745,16 @@ class ALFWorldEnv(Game):
     def _say(self, rule, mapping):
         """The engine's words for what has just happened."""
         variables = {placeholder.name: self._infos[v.name] for placeholder, v in mapping.items()}
-        return self._state._logic.grammar.derive(rule, {"state": self._state, "facts": list(self._state.facts), "variables": variables,
-                                                        "mapping": mapping, "entity_infos": self._infos})
+        return self._state._logic.grammar.derive(rule, {
+            "state": self._state, "facts": list(self._state.facts), "variables": variables, "mapping": mapping,
+            "entity_infos": self._infos})
 
     def _look(self):
         """Read the engine's state: facts by name, and the commands that it takes."""
         self._facts = {}
         for fact in self._state.facts:
-            self._facts.setdefault(fact.name, set()).add(tuple(self._infos[v.name].name for v in fact.arguments if v.name in self._infos))
+            names = tuple(self._infos[v.name].name for v in fact.arguments if v.name in self._infos)
+            self._facts.setdefault(fact.name, set()).add(names)
         self._where = dict(sorted(self._facts.get("inreceptacle", ())))  # object -> receptacle
         self._carried = next((o for _, o in self._facts.get("holds", ())), "")
         spots = {l for _, l in self._facts["atlocation"]}
@@ -805,7 +807,7 @@ class ALFWorldEnv(Game):
                 "expert": command if command in self._commands else self.legal_actions()[0]}
 
     def _visible(self):
-        return [] if not self._place or self._shut(self._place) else self._held_in(self._place)
+        return [] if self._shut(self._place) else self._held_in(self._place)
 
     @staticmethod
     def expert(info):
@@ -814,14 +816,14 @@ class ALFWorldEnv(Game):
 
     def _plan(self):
         """(sub-goal in words, command) of an expert that looks for what it has not seen and then does what the task says."""
-        kind, target, goal, seen, carried, fits = self._kind, self._target, self._goal, self._seen, self._carried, self._facts["cancontain"]
+        kind, target, goal, seen, carried = self._kind, self._target, self._goal, self._seen, self._carried
         change, appliance, _ = CHANGES.get(kind, ("", "", ""))
         goals = [r for r in self._receptacles if kind_of(r) == goal]
         known = [o for o, r in self._where.items() if r in seen]
         targets = [o for o in known if kind_of(o) == target]
 
         def fit(receptacle, what):
-            return (kind_of(receptacle) + "type", kind_of(what) + "type") in fits
+            return (kind_of(receptacle) + "type", kind_of(what) + "type") in self._facts["cancontain"]
 
         def at(receptacle, command):
             """Go there, open it, then play `command`."""
@@ -888,7 +890,7 @@ class ALFWorldEnv(Game):
         draw_text(picture, self._task, (150, 50), 13, "white")
 
         place, things = self._place, self._visible()
-        shut = bool(place) and self._shut(place)
+        shut = self._shut(place)
         words = "closed" if shut else "" if things else "nothing here" if place else "go somewhere"
         cell(0, 60, "#d9dfe4" if shut else "white", 120, 120)
         cell(120, 60, "#3a4450" if shut else "#e3ddd0", 180, 120)
@@ -1164,12 +1166,10 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf):
     """A type for argparse: finite numbers of a `kind`, int or float, from `low` to `high`, both included."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low <= value <= high and value < math.inf:
-            return value
+            if low <= value <= high and value < math.inf:
+                return value
         raise argparse.ArgumentTypeError(f"{text} is not {'a whole number' if kind is int else 'a number'} "
                                          f"of at least {low}" + f" and at most {high}" * (high < math.inf))
     return parse
