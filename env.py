@@ -38,7 +38,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 SIZE = 300  # height and width of every picture, in pixels
 RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 SUITS = ["S", "H", "D", "C"]
-TABLE = "#1d6b4f"  # green felt
+PAPER, INK, TABLE = "#f4f1ea", "#101820", "#1d6b4f"  # the table is green felt
 NUMBERS = [str(n) for n in range(1, 11)]
 
 # ---------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def card_picture(card, width):
     draw.rounded_rectangle([s, s, w - s, h - s], w // 10, "white", "#555555", s)
     if card:
         rank, suit = card[:-1], card[-1]
-        color = "#c8102e" if suit in "HD" else "#101820"
+        color = "#c8102e" if suit in "HD" else INK
         # A large rank over a large suit: what a card needs to be read at a third of its size.
         digits = [(0.5, rank)] if rank != "10" else [(0.27, "1"), (0.65, "0")]
         for x, digit in digits:
@@ -119,9 +119,10 @@ def draw_cards(picture, cards, x, y, pitch):
     """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer where they would not fit; returns their boxes."""
     pitch = min(pitch, (SIZE - x) // len(cards))
     width = pitch - max(pitch // 12, 2)
-    for i, card in enumerate(cards):
-        picture.paste(card_picture(card, width), (x + i * pitch, y))
-    return [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
+    boxes = [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
+    for card, box in zip(cards, boxes):
+        picture.paste(card_picture(card, width), box)
+    return boxes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -311,11 +312,11 @@ class NumberLineEnv(Game):
     marks = (("target", (206, 44, 274, 136)), ("current", (206, 164, 274, 256)))
 
     def draw(self):
-        picture = Image.new("RGB", (SIZE, SIZE), "#f4f1ea")
+        picture = Image.new("RGB", (SIZE, SIZE), PAPER)
         for y, color, name, number in ((90, "#1f6f54", "Target:", self.target),
                                        (210, "#28518f", "Current:", self.current)):
             ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
-            draw_text(picture, name, (100, y), 40, "#f4f1ea")
+            draw_text(picture, name, (100, y), 40, PAPER)
             draw_text(picture, str(number), (240, y), 84, "white", bold=3)
         return picture
 
@@ -361,9 +362,9 @@ class PointsGame(Game):
         pitch = min(120, (SIZE - 4) // len(self.cards))
         boxes = draw_cards(picture, self.cards, (SIZE - pitch * len(self.cards)) // 2 + pitch // 24, 40, pitch)
         self.marks = [*((f"card {i}", box) for i, box in enumerate(boxes, 1)), ("formula", (10, 236, SIZE - 10, 288))]
-        ImageDraw.Draw(picture).rounded_rectangle([10, 236, SIZE - 10, 288], 10, "#f4f1ea")
+        ImageDraw.Draw(picture).rounded_rectangle([10, 236, SIZE - 10, 288], 10, PAPER)
         draw_text(picture, "".join(self.formula) or f"make {self.target}", (SIZE // 2, 262), 36,
-                  "#101820" if self.formula else "#a09a8c", SIZE - 32)
+                  INK if self.formula else "#a09a8c", SIZE - 32)
         return picture
 
 
@@ -468,7 +469,7 @@ class BlackjackEnv(Game):
     def draw(self):
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
         for y, name in ((38, "Dealer"), (164, "Player")):
-            draw_text(picture, name, (64, y), 32, "#f4f1ea")
+            draw_text(picture, name, (64, y), 32, PAPER)
         ImageDraw.Draw(picture).line([(0, 146), (SIZE, 146)], "#3f8d6f", 2)
         # While the player plays, the dealer's second card lies face down.
         dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
@@ -539,7 +540,6 @@ LOOKS = {name: (shape, "#" + color) for shape, names in re.findall(r"([a-z]+): (
          for name, color in re.findall(r"([a-z]+) (\w{6})", names)}
 VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"), "heat": ("HEAT", "#b8331f"),
          "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
-PAPER, INK = "#f4f1ea", "#101820"
 
 
 @lru_cache(maxsize=None)
@@ -685,9 +685,9 @@ class ALFWorldEnv(Game):
         super().__init__(render_mode, obs)
 
     def deal(self):
-        kinds, solvable = [kind for kind in ALFRED_TASKS if self.names[kind]], False
+        kinds, solvable = [names for names in self.names.values() if names], False
         while not solvable:  # a few games of the data set are not, and say so
-            names = self.names[kinds[self.np_random.integers(len(kinds))]]
+            names = kinds[self.np_random.integers(len(kinds))]
             self.game, self.played = names[self.np_random.integers(len(names))], []
             solvable = self._load(self.game)[0].get("solvable", True)
         self._begin(*self._load(self.game))
@@ -939,19 +939,15 @@ class ALFWorldThorEnv(ALFWorldEnv):
     """
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
+        self.names = {"of all types": sorted(self.engine.json_file_list)}
         Game.__init__(self, render_mode, obs)
 
-    def deal(self):
-        files = sorted(self.engine.json_file_list)
-        self.game, self.played = files[self.np_random.integers(len(files))], []
-        self._begin(self.game)
-
     def _load(self, name):
-        return (name,)
+        return {"file": name}, None
 
-    def _begin(self, game):
+    def _begin(self, game, _):
         self.carried = ""
-        self._act(None, True, game)
+        self._act(None, True, game["file"])
 
     def _act(self, action, begin=False, file=""):
         """Let the engine's thread play an action, or begin the game of a file."""
@@ -1058,12 +1054,9 @@ def game_cache():
     """The folder for built-in games, another for each version of the code that makes them."""
     version = f"{zlib.crc32((inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)).encode()):08x}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm-games" / f"alfworld-{version}"
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except OSError:
-        return Path(tempfile.gettempdir()) / folder.name
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir()) / folder.name
 
 
 GAMES = {}
