@@ -26,7 +26,7 @@ import tempfile
 import zlib
 from collections import Counter
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -45,9 +45,7 @@ NUMBERS = [str(n) for n in range(1, 11)]
 # Drawing
 
 
-@lru_cache(maxsize=None)
-def font(pixels):
-    return ImageFont.load_default(pixels)  # Pillow's built-in scalable font: no font file to ship
+font = cache(ImageFont.load_default)  # of so many pixels; Pillow's built-in scalable font: no font file to ship
 
 
 @lru_cache(maxsize=4096)
@@ -83,7 +81,7 @@ def draw_shape(draw, shape, x, y, scale, colors):
         {"e": draw.ellipse, "r": draw.rectangle, "p": draw.polygon}[form](points, colors[color])
 
 
-@lru_cache(maxsize=None)
+@cache
 def card_picture(card, width):
     """A card ("10H"; "" is a card face down) on the table, as a picture of width x 1.5 width pixels."""
     s = 4  # drawn four times too large and shrunk, for smooth edges
@@ -174,12 +172,12 @@ def expressions(numbers):
                    (*(("(", *ea, ")") if pa < precedence else ea), sign, *(("(", *eb, ")") if bracket else eb)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def parts(numbers):
     return list(dict.fromkeys(expressions(numbers)))  # without repeats, in a fixed order
 
 
-@lru_cache(maxsize=None)
+@cache
 def solutions(numbers, target):
     """All formulas over the sorted tuple `numbers` worth `target`, as tuples of entries, shortest first."""
     found = {entries for value, _, entries in expressions(numbers) if abs(value - target) < 1e-6}
@@ -213,7 +211,7 @@ class Game(gym.Env):
     draw()          the picture as a new PIL image of SIZE x SIZE
     expert(info)    static: the best legal action (str) in the state that `info` holds
 
-    obs: "image"; "marked", boxes and labels around what matters in it; or "text", a grey picture (the prompt tells it).
+    obs: "image"; "marked", what matters in it boxed and labelled; or "text", a grey picture (the prompt tells the state).
 
     Raises what Gymnasium raises: `ResetNeeded` before the first reset and after the end, `InvalidAction` for
     an action outside the action space.
@@ -361,8 +359,9 @@ class PointsGame(Game):
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
         pitch = min(120, (SIZE - 4) // len(self.cards))
         boxes = draw_cards(picture, self.cards, (SIZE - pitch * len(self.cards)) // 2 + pitch // 24, 40, pitch)
-        self.marks = [*((f"card {i}", box) for i, box in enumerate(boxes, 1)), ("formula", (10, 236, SIZE - 10, 288))]
-        ImageDraw.Draw(picture).rounded_rectangle([10, 236, SIZE - 10, 288], 10, PAPER)
+        paper = (10, 236, SIZE - 10, 288)
+        self.marks = [*((f"card {i}", box) for i, box in enumerate(boxes, 1)), ("formula", paper)]
+        ImageDraw.Draw(picture).rounded_rectangle(paper, 10, PAPER)
         draw_text(picture, "".join(self.formula) or f"make {self.target}", (SIZE // 2, 262), 36,
                   INK if self.formula else "#a09a8c", SIZE - 32)
         return picture
@@ -397,7 +396,7 @@ def hand_total(hard, ace):
     return hard + 10 if ace and hard <= 11 else hard
 
 
-@lru_cache(maxsize=None)
+@cache
 def dealer_totals(hard, ace):
     """Probability of each final total of a dealer who draws to 17, as a tuple of (total, probability); 22 is bust."""
     total = hand_total(hard, ace)
@@ -410,7 +409,7 @@ def dealer_totals(hard, ace):
     return tuple(totals.items())
 
 
-@lru_cache(maxsize=None)
+@cache
 def blackjack_values(hard, ace, dealer, loss=-1.0):
     """Values of (standing, hitting) under best play from there on: a win counts 1, a draw 0, a loss `loss`.
 
@@ -542,7 +541,7 @@ VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CL
          "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def icon(name, pixels, state=""):
     """A picture of an object or receptacle ("mug", "fridge"; state: "", "open" or "lit") of pixels x pixels, transparent around it."""
     shape, color = LOOKS.get(name, ("box", "#%06x" % ((zlib.crc32(name.encode()) & 0x7F7F7F) + 0x303030)))
@@ -554,7 +553,7 @@ def icon(name, pixels, state=""):
     return picture.resize((pixels, pixels), Image.LANCZOS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def alfworld_engine():
     """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made, for nothing else needs it.
 
@@ -712,8 +711,8 @@ class ALFWorldEnv(Game):
         """Load a game: the contents of game.tw-pddl and of traj_data.json."""
         engine, goal = alfworld_engine(), trajectory["pddl_params"]
         # Every game has its task in its grammar. Without it they share one, which takes 80 ms to parse.
-        grammar, self._task = game["grammar"], re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
-        grammar = grammar.replace(f"Your task is to: {self._task}", "Your task is to: UNKNOWN GOAL")
+        self._task = re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
+        grammar = game["grammar"].replace(f"Your task is to: {self._task}", "Your task is to: UNKNOWN GOAL")
         self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
         self._target = goal["object_target"].lower()
         self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
@@ -1049,7 +1048,7 @@ def kept_game(split, name):
     return data_game(folder)
 
 
-@lru_cache(maxsize=1)
+@cache
 def game_cache():
     """The folder for built-in games, another for each version of the code that makes them."""
     version = f"{zlib.crc32((inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)).encode()):08x}"
