@@ -211,7 +211,7 @@ class Game(gym.Env):
     draw()          the picture as a new PIL image of SIZE x SIZE
     expert(info)    static: the best legal action (str) in the state that `info` holds
 
-    obs: "image"; "marked", what matters in it boxed and labelled; or "text", a grey picture (the prompt tells the state).
+    obs: "image"; "marked", what matters boxed and labelled; or "text", a grey picture (the prompt tells the state).
 
     Raises what Gymnasium raises: `ResetNeeded` before the first reset and after the end, `InvalidAction` for
     an action outside the action space.
@@ -331,7 +331,7 @@ class PointsGame(Game):
     max_entries: int
 
     def deal(self):
-        self.cards = self.deal_cards(self.deal_ranks())  # indices into RANKS, one a card: a subclass's
+        self.cards = self.deal_cards(self.deal_ranks())  # a subclass chooses the ranks: indices into RANKS, one a card
         self.numbers = [card_number(card) for card in self.cards]
         self.formula = []
 
