@@ -452,7 +452,7 @@ class BlackjackEnv(Game):
             return (-1 if bust else 0), bust, False
         while hand_total(*self._hard(self.dealer)) < 17:
             self.dealer += self._draw_cards(1)
-        player, dealer = hand_total(*self._hard(self.player)), hand_total(*self._hard(self.dealer))
+        player, dealer = (hand_total(*self._hard(cards)) for cards in (self.player, self.dealer))
         return (1 if dealer > 21 or player > dealer else -1 if player < dealer else 0), True, False
 
     def state(self):
@@ -557,15 +557,14 @@ def icon(name, pixels, state=""):
 def alfworld_engine():
     """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made, for nothing else needs it.
 
-    One library serves all games of a process, whoever acts loads its state: 0.1 ms, where a library a game is 33 MB.
+    One library serves all games of a process, whoever acts loads its state: 0.2 ms, where a library a game is 33 MB.
     """
     # Importing alfworld prints, sets ALFWORLD_DATA and makes that folder; importing the translator reads sys.argv.
     with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", ["", "domain", "problem"]),
           mock.patch.dict(os.environ, ALFWORLD_DATA=tempfile.gettempdir())):
-        import alfworld.gen.constants as constants
         import fast_downward
         from alfworld.agents.utils.misc import Demangler
-        from alfworld.gen.goal_library import gdict
+        from alfworld.gen import constants, goal_library
         from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
         from fast_downward.translate import translate as translator
         from textworld.envs.pddl import logic, textgen
@@ -589,9 +588,9 @@ def alfworld_engine():
     Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
     textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
     engine = SimpleNamespace(
-        constants=constants, goals=gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom, State=logic.PddlState,
-        logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
-        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), playing=None, grounded={})
+        constants=constants, goals=goal_library.gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom,
+        State=logic.PddlState, logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
+        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), grounded={})
     return engine
 
 
@@ -717,7 +716,8 @@ class ALFWorldEnv(Game):
         self._target = goal["object_target"].lower()
         self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
         engine.grounded = {game["pddl_problem"]: game.get("sas")}
-        self._state = engine.playing = engine.State(engine.library, game["pddl_problem"], engine.logic(game["pddl_domain"], grammar))
+        logic = engine.logic(game["pddl_domain"], grammar)
+        self._state = engine.State(engine.library, game["pddl_problem"], logic)
         self._infos = {v.name: engine.EntityInfo(v.name, v.type) for fact in self._state.facts for v in fact.arguments}
         names = engine.Demangler(game_infos=self._infos)
         for key, info in self._infos.items():
@@ -729,11 +729,9 @@ class ALFWorldEnv(Game):
 
     def _act(self, command):
         engine, state, action = alfworld_engine(), self._state, self._commands[command]
-        if engine.playing is not state:  # another game was played meanwhile
-            engine.library.load_sas(state.sas.encode())
-            for number, effects in self._operators:
-                engine.library.apply_operator(number, (engine.Atom * effects)())
-            engine.playing = state
+        engine.library.load_sas(state.sas.encode())  # another game may have been played meanwhile
+        for number, effects in self._operators:
+            engine.library.apply_operator(number, (engine.Atom * effects)())
         self._operators.append((action.id, state._operators[action.id].nb_effect_atoms))
         state.apply(action)
         for thing in action.mapping.values():  # whatever it does, the agent faces the receptacle that it names
