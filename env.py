@@ -310,9 +310,13 @@ class NumberLineEnv(Game):
     marks = (("target", (206, 44, 274, 136)), ("current", (206, 164, 274, 256)))
 
     def draw(self):
+        return self._draw(self.target, self.current).copy()
+
+    @staticmethod
+    @cache  # a sixth of the time of drawing
+    def _draw(target, current):
         picture = Image.new("RGB", (SIZE, SIZE), PAPER)
-        for y, color, name, number in ((90, "#1f6f54", "Target:", self.target),
-                                       (210, "#28518f", "Current:", self.current)):
+        for y, color, name, number in ((90, "#1f6f54", "Target:", target), (210, "#28518f", "Current:", current)):
             ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
             draw_text(picture, name, (100, y), 40, PAPER)
             draw_text(picture, str(number), (240, y), 84, "white", bold=3)
@@ -465,11 +469,17 @@ class BlackjackEnv(Game):
         stand, hit = blackjack_values(*BlackjackEnv._hard(info["player"]), card_number(info["dealer_card"]))
         return "stand" if stand >= hit else "hit"
 
-    def draw(self):
+    @staticmethod
+    @cache
+    def _table():
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
         for y, name in ((38, "Dealer"), (164, "Player")):
             draw_text(picture, name, (64, y), 32, PAPER)
         ImageDraw.Draw(picture).line([(0, 146), (SIZE, 146)], "#3f8d6f", 2)
+        return picture
+
+    def draw(self):
+        picture = self._table().copy()
         # While the player plays, the dealer's second card lies face down.
         dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
         player = draw_cards(picture, self.player, 2, 186, 60)
