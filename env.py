@@ -5,8 +5,8 @@
     image, reward, terminated, truncated, info = env.step(info["legal_actions"].index("hit"))
 
 `info`, at every reset and step, holds `legal_actions` (list of str; an action is an index into it),
-`success` (bool: the episode is over and its return is positive; ALFWorld: the task is done) and the true state behind the picture,
-under the names that each class lists. The model never sees the state; prompts and experts do.
+`success` (bool: the episode is over and its return is positive; ALFWorld: the task is done) and the true state behind
+the picture, under the names that each class lists. The model never sees the state; prompts and experts do.
 
 `python env.py --env points24` plays a game in the terminal.
 """
@@ -114,7 +114,7 @@ def card_picture(card, width):
 
 
 def draw_cards(picture, cards, x, y, pitch):
-    """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer where they would not fit; returns their boxes."""
+    """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer to make them fit; returns their boxes."""
     pitch = min(pitch, (SIZE - x) // len(cards))
     width = pitch - max(pitch // 12, 2)
     boxes = [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
@@ -222,7 +222,7 @@ class Game(gym.Env):
     space = gym.spaces.Discrete  # of the indices into them
     illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
     evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
-    marks = ()       # what matters in the picture that was drawn last, as pairs of a label and a box (left, top, right, bottom)
+    marks = ()       # what matters in the last picture: pairs of a label and a box (left, top, right, bottom)
 
     def __init__(self, render_mode=None, obs="image"):
         self.render_mode, self.obs = render_mode, obs
@@ -423,8 +423,8 @@ def blackjack_values(hard, ace, dealer, loss=-1.0):
     total = hand_total(hard, ace)
     stand = sum(p * (1 if final == 22 or total > final else loss if total < final else 0)
                 for final, p in dealer_totals(dealer, dealer == 1))
-    hit = sum(p * (loss if hard + number > 21 else max(blackjack_values(hard + number, ace or number == 1, dealer, loss)))
-              for number, p in CARD_PROBABILITY.items())
+    hit = sum(p * (loss if hard + n > 21 else max(blackjack_values(hard + n, ace or n == 1, dealer, loss)))
+              for n, p in CARD_PROBABILITY.items())
     return stand, hit
 
 
@@ -490,10 +490,11 @@ class BlackjackEnv(Game):
 # ---------------------------------------------------------------------------------------------------
 # ALFWorld
 
-ALFRED_TASKS = {"pick": "pick_and_place_simple", "light": "look_at_obj_in_light", "clean": "pick_clean_then_place_in_recep",
-                "heat": "pick_heat_then_place_in_recep", "cool": "pick_cool_then_place_in_recep", "two": "pick_two_obj_and_place"}
+ALFRED_TASKS = {"pick": "pick_and_place_simple", "light": "look_at_obj_in_light",
+                "clean": "pick_clean_then_place_in_recep", "heat": "pick_heat_then_place_in_recep",
+                "cool": "pick_cool_then_place_in_recep", "two": "pick_two_obj_and_place"}
 CHANGES = {"clean": ("isclean", "sinkbasin", "Cleanable"), "heat": ("ishot", "microwave", "Heatable"),
-           "cool": ("iscool", "fridge", "Coolable")}  # the fact that the task wants, where it is made, what the tables call it
+           "cool": ("iscool", "fridge", "Coolable")}  # the fact wanted, where it is made, what the tables call it
 SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
 # The built-in rooms: tasks, receptacles that each has, receptacles of which it has some, objects.
 ROOMS = {
@@ -547,13 +548,13 @@ LOOKS = {name: (shape, "#" + color) for shape, names in re.findall(r"([a-z]+): (
     shelf: shelf a87f4f cart 8f9fa8; burner: stoveburner d0502a; oven: microwave 6f7883; door: fridge 9fb8cc cabinet c09058 safe 5a7a6a;
     drawer: drawer b87f48""")
          for name, color in re.findall(r"([a-z]+) (\w{6})", names)}
-VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"), "heat": ("HEAT", "#b8331f"),
-         "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
+VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"),
+         "heat": ("HEAT", "#b8331f"), "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
 
 
 @cache
 def icon(name, pixels, state=""):
-    """A picture of an object or receptacle ("mug", "fridge"; state: "", "open" or "lit") of pixels x pixels, transparent around it."""
+    """An object or receptacle ("mug", "fridge"; state: "", "open" or "lit") as a picture, transparent around it."""
     shape, color = LOOKS.get(name, ("box", "#%06x" % ((zlib.crc32(name.encode()) & 0x7F7F7F) + 0x303030)))
     paint = np.array(ImageColor.getrgb(color))
     colors = {"c": paint, "d": paint * 0.6, "l": paint * 0.4 + 153, "k": (24, 28, 34), "p": (244, 241, 234)}
@@ -565,7 +566,7 @@ def icon(name, pixels, state=""):
 
 @cache
 def alfworld_engine():
-    """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made, for nothing else needs it.
+    """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made.
 
     One library serves all games of a process, whoever acts loads its state: 0.2 ms, where a library a game is 33 MB.
     """
@@ -593,7 +594,7 @@ def alfworld_engine():
     # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
     fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
     # The grammar copies its context at every symbol, deeply, though nothing changes what is in it: a third of a step.
-    textgen.copy_context = lambda context: context | {"variables": dict(context["variables"]), "mapping": dict(context["mapping"])}
+    textgen.copy_context = lambda context: context | {key: dict(context[key]) for key in ("variables", "mapping")}
     # The grammar's few conditions and beginnings are the same at every step: 3 ms to parse.
     Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
     textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
@@ -607,9 +608,10 @@ def alfworld_engine():
 def built_in_game(split, kind, number):
     """A room made from seeds, as (game, trajectory): the contents of ALFWorld's game.tw-pddl and traj_data.json.
 
-    Six receptacles, four or five objects. Rooms whose set of receptacles has a checksum divisible by four are for `unseen` alone.
+    Six receptacles, four or five objects. Rooms whose receptacles have a checksum divisible by four are for `unseen`.
     """
-    engine, rng = alfworld_engine(), np.random.default_rng([SPLITS[split] == "train", list(ALFRED_TASKS).index(kind), number])
+    engine = alfworld_engine()
+    rng = np.random.default_rng([SPLITS[split] == "train", list(ALFRED_TASKS).index(kind), number])
     tables, light, (_, appliance, able) = engine.constants, kind == "light", CHANGES.get(kind, ("", "", ""))
     holds, can = tables.VAL_RECEPTACLE_OBJECTS, tables.VAL_ACTION_OBJECTS
 
@@ -623,9 +625,11 @@ def built_in_game(split, kind, number):
         target, place = pick(objects), pick([r for r in receptacles if r.lower() != appliance])
         tops = [r for r in receptacles if r in ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")]
         unseen = zlib.crc32(" ".join(receptacles).encode()) % 4 == 0
-        if unseen == (split == "unseen") and target in holds[place] and target in can.get(able, objects) and (tops or not light):
+        fits = target in holds[place] and target in can.get(able, objects) and (tops or not light)
+        if unseen == (split == "unseen") and fits:
             homes = [r for r in receptacles if target in holds[r] and (r != place or light)]
-    things = [(target, pick(homes)) for _ in range(1 + (kind == "two"))] + [("DeskLamp", pick(tops)) for _ in range(light)]
+    things = [(target, pick(homes)) for _ in range(1 + (kind == "two"))]
+    things += [("DeskLamp", pick(tops)) for _ in range(light)]
     for name in rng.permutation([o for o in objects if o != target])[:rng.integers(4, 6) - len(things)]:
         things += [(name, pick(spots)) for spots in [[r for r in receptacles if name in holds[r]]] if spots]
 
@@ -639,7 +643,8 @@ def built_in_game(split, kind, number):
         facts += [f"(openable {at})"] * (r in tables.OPENABLE_CLASS_LIST)
     for i, (o, r) in enumerate(things):
         o_id, at = f"{o}_bar_{i}", pick([i for i, other in enumerate(receptacles) if other == r])
-        facts += [f"(objectType {o_id} {o}Type) (inReceptacle {o_id} {ids[at]}) (objectAtLocation {o_id} loc_bar_{at + 1})"]
+        facts += [f"(objectType {o_id} {o}Type) (inReceptacle {o_id} {ids[at]}) "
+                  f"(objectAtLocation {o_id} loc_bar_{at + 1})"]
         facts += [f"({what} {o_id})" for what in ("Cleanable", "Heatable", "Coolable", "Toggleable") if o in can[what]]
         facts += [f"(pickupable {o_id})"] * (o != "DeskLamp")
     objects = ["agent1 - agent", *(f"{r}Type - rtype" for r in rtypes), *(f"{o}Type - otype" for o in otypes),
@@ -651,7 +656,8 @@ def built_in_game(split, kind, number):
     return ({"pddl_domain": engine.domain, "grammar": engine.grammar.replace("UNKNOWN GOAL", task), "solvable": True,
              "pddl_problem": problem + goal["pddl"].format(**names).replace("#", "-")},
             {"task_type": ALFRED_TASKS[kind], "pddl_params": {
-                "object_target": target, "parent_target": "" if light else place, "toggle_target": "DeskLamp" if light else "",
+                "object_target": target, "parent_target": "" if light else place,
+                "toggle_target": "DeskLamp" if light else "",
                 "mrecep_target": "", "object_sliced": False}})
 
 
@@ -674,10 +680,10 @@ class ALFWorldEnv(Game):
     Reward at every step: 50 on success, plus the share of the goal's conditions that hold; the trainer subtracts
     `illegal_penalty` for an answer that named no legal action. Terminated on success, truncated after 50 steps.
     split: "train", or "unseen": other rooms; with the environment variable ALFWORLD_DATA the games are the data set's
-    (also "seen"), else they are made from seeds and kept in the user's cache. The six types of tasks come equally often.
-    State: `task` (in words), `task_type` (a key of ALFRED_TASKS), `observation` (the engine's words), `place` (the receptacle in
-    front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from the
-    expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
+    (also "seen"), else they are made from seeds and kept in the user's cache. The types of tasks come equally often.
+    State: `task` (in words), `task_type` (a key of ALFRED_TASKS), `observation` (the engine's words), `place` (what is
+    in front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from
+    the expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
     """
     name, actions, space = "alfworld", ("",) * 256, LegalIndices  # at most so many actions; they change
     illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
@@ -686,9 +692,11 @@ class ALFWorldEnv(Game):
     def __init__(self, render_mode=None, obs="image", split="train"):
         data = os.environ.get("ALFWORLD_DATA")
         if split not in (splits := SPLITS if data else self.games):
-            raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{'' if data else ' (without ALFWORLD_DATA)'}")
+            raise ValueError(f"split {split!r} is not one of {', '.join(splits)}"
+                             + " (without ALFWORLD_DATA)" * (not data))
         self.split, self.data = split, data and Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
-        self.names = data_set(self.data) if data else {kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
+        self.names = data_set(self.data) if data else {
+            kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
         alfworld_engine()
         super().__init__(render_mode, obs)
 
@@ -773,8 +781,8 @@ class ALFWorldEnv(Game):
         for action in self._state.all_applicable_actions():
             template = "go to {r}" if action.name == "gotolocation" else action.command_template
             command = template.format(**{p.name: self._infos[v.name].name for p, v in action.mapping.items()})
-            # These change nothing, and what they tell is in the picture. But where several receptacles are at one place of the
-            # data set's rooms, `examine` turns to another of them.
+            # These change nothing, and what they tell is in the picture. But where several receptacles are at one place
+            # of the data set's rooms, `examine` turns to another of them.
             noise = action.name in ("look", "inventory", "help", "examineobject")
             if not noise and command not in (f"go to {self._place}", f"examine {self._place}"):
                 self._commands[command] = action
@@ -822,7 +830,7 @@ class ALFWorldEnv(Game):
         return info["expert"]
 
     def _plan(self):
-        """(sub-goal in words, command) of an expert that looks for what it has not seen and then does what the task says."""
+        """(sub-goal in words, command) of an expert who looks for what was not seen and then does the task."""
         kind, target, goal, seen, carried = self._kind, self._target, self._goal, self._seen, self._carried
         change, appliance, _ = CHANGES.get(kind, ("", "", ""))
         goals = [r for r in self._receptacles if kind_of(r) == goal]
@@ -836,7 +844,8 @@ class ALFWorldEnv(Game):
             """Go there, open it, then play `command`."""
             if self._place != receptacle:
                 return f"{'examine' if receptacle in self._here else 'go to'} {receptacle}"
-            return f"open {receptacle}" if self._shut(receptacle) and not command.startswith(("heat", "cool")) else command
+            opens = self._shut(receptacle) and not command.startswith(("heat", "cool"))
+            return f"open {receptacle}" if opens else command
 
         def find(what):
             unseen = sorted((r for r in self._receptacles if r not in seen), key=lambda r: (not fit(r, what), r))
@@ -848,17 +857,20 @@ class ALFWorldEnv(Game):
         # Two objects go into the same receptacle: the one that holds most of them.
         spot = max(goals, key=lambda r: sum(self._where[o] == r for o in targets), default="")
         if kind_of(carried) != target and carried:
-            places = sorted((r for r in self._receptacles if fit(r, carried)), key=lambda r: (r != self._place, r not in seen, r))
+            places = sorted((r for r in self._receptacles if fit(r, carried)),
+                            key=lambda r: (r != self._place, r not in seen, r))
             return f"put down the {kind_of(carried)}", at(places[0], f"move {carried} to {places[0]}") if places else ""
         if carried and kind == "light":
             lamp = next((o for o in known if kind_of(o) == goal), "")
-            return (f"look at the {target} under the {goal}", at(self._where[lamp], f"use {lamp}")) if lamp else find(goal)
+            look = f"look at the {target} under the {goal}"
+            return (look, at(self._where[lamp], f"use {lamp}")) if lamp else find(goal)
         if carried and not done(carried):
             tool = next((r for r in self._receptacles if kind_of(r) == appliance), "")
             return f"{kind} the {target}", at(tool, f"{kind} {carried} with {tool}")
         if carried:
             return f"put the {target} in the {goal}", at(spot, f"move {carried} to {spot}")
-        wanted = [o for o in targets if kind == "light" or not done(o) or self._where[o] not in ([spot] if kind == "two" else goals)]
+        spots = [] if kind == "light" else [spot] if kind == "two" else goals
+        wanted = [o for o in targets if not done(o) or self._where[o] not in spots]
         if not wanted:
             return find(target)
         thing = min(wanted, key=lambda o: (not done(o), self._where[o] != self._place, o))
@@ -867,9 +879,9 @@ class ALFWorldEnv(Game):
     # -- the picture: five by five cells of 60 pixels, a patch of the embedded model each
 
     def draw(self):
-        """The task in the first row; in the next two the receptacle in front and what lies there; in the last two the room's map and
-        what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody has looked yet, yellow where
-        the task's object was seen, green where its lamp was."""
+        """The task in the first row; in the next two the receptacle in front and what lies there; in the last two the
+        room's map and what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody
+        has looked yet, yellow where the task's object was seen, green where its lamp was."""
         picture = Image.new("RGB", (SIZE, SIZE), PAPER)
         draw = ImageDraw.Draw(picture)
 
@@ -877,7 +889,8 @@ class ALFWorldEnv(Game):
             draw.rounded_rectangle([x + 2, y + 2, x + width - 3, y + height - 3], 6, color, outline, 3)
 
         def put(name, x, y, pixels):
-            art = icon(kind_of(name), pixels, "open" if self._is("opened", name) else "lit" if self._is("istoggled", name) else "")
+            state = "open" if self._is("opened", name) else "lit" if self._is("istoggled", name) else ""
+            art = icon(kind_of(name), pixels, state)
             picture.paste(art, (x, y), art)
 
         def thing(name, x, y):
@@ -885,7 +898,8 @@ class ALFWorldEnv(Game):
             cell(x, y, next((color for fact, color in colors.items() if self._is(fact, name)), "white"))
             put(name, x + 10, y + 4, 40)
             draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
-            draw_text(picture, name.split(" ")[-1].strip("1"), (x + 48, y + 15), 22, INK, bold=1)  # large for "mug 2", none for "mug 1"
+            # A large number for "mug 2", none for "mug 1".
+            draw_text(picture, name.split(" ")[-1].strip("1"), (x + 48, y + 15), 22, INK, bold=1)
 
         verb, color = VERBS[self._kind]
         cell(0, 0, color, SIZE)
@@ -904,7 +918,8 @@ class ALFWorldEnv(Game):
         draw_text(picture, words, (210, 120), 20, "white" if shut else INK)
         if place:
             put(place, 18, 66, 84)
-            draw_text(picture, place + (" (closed)" if shut else " (open)" if self._is("opened", place) else ""), (60, 165), 15, INK, 112)
+            state = " (closed)" if shut else " (open)" if self._is("opened", place) else ""
+            draw_text(picture, place + state, (60, 165), 15, INK, 112)
         for i, name in enumerate(things[:6]):
             thing(name, 120 + i % 3 * 60, 60 + i // 3 * 60)
         if len(things) > 6:
@@ -941,8 +956,8 @@ class ALFWorldEnv(Game):
 class ALFWorldThorEnv(ALFWorldEnv):
     """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, games of the data set; else as `ALFWorldEnv`.
 
-    engine: an `AlfredThorEnv` of one game, made from ALFWORLD_DATA where it is left out. Of the state, `visible` and `carried` are
-    what the engine's words say, and `subgoal` is the expert's next command.
+    engine: an `AlfredThorEnv` of one game, made from ALFWORLD_DATA where it is left out. Of the state, `visible` and
+    `carried` are what the engine's words say, and `subgoal` is the expert's next command.
     """
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
@@ -990,22 +1005,25 @@ class ALFWorldThorEnv(ALFWorldEnv):
 
 
 def thor_engine(split):
-    """An `AlfredThorEnv` that plays one game at a time. Raises ValueError where the simulator, a display or the data are missing."""
+    """An `AlfredThorEnv` of one game at a time. Raises ValueError where simulator, display or data are missing."""
     if "ALFWORLD_DATA" not in os.environ:
         raise ValueError("the THOR engine plays the data set's games: run alfworld-download and set ALFWORLD_DATA")
     folder = Path(os.environ["ALFWORLD_DATA"]).expanduser() / "json_2.1.1" / SPLITS[split]
     data_set(folder)
     config = {"dataset": {"data_path": str(folder), "num_train_games": -1},
               "env": {"task_types": [1, 2, 3, 4, 5, 6], "goal_desc_human_anns_prob": 0.0, "thor": {
-                  "screen_width": SIZE, "screen_height": SIZE, "smooth_nav": False, "save_frames_to_disk": False, "save_frames_path": ""}},
+                  "screen_width": SIZE, "screen_height": SIZE, "smooth_nav": False,
+                  "save_frames_to_disk": False, "save_frames_path": ""}},
               "controller": {"type": "oracle", "load_receps": True, "debug": False},
-              "general": {"training_method": "dagger"}, "dagger": {"training": {"max_nb_steps_per_episode": ALFWorldEnv.max_steps}}}
+              "general": {"training_method": "dagger"},
+              "dagger": {"training": {"max_nb_steps_per_episode": ALFWorldEnv.max_steps}}}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             from alfworld.agents.environment.alfred_thor_env import AlfredThorEnv
             return AlfredThorEnv(config, "train").init_env(1)  # of all splits only this one has the expert
     except Exception as error:  # whatever a simulator without a display may raise
-        raise ValueError(f"the THOR engine does not start ({error}): it needs a display and pip install 'alfworld[full]'") from None
+        needs = "it needs a display and pip install 'alfworld[full]'"
+        raise ValueError(f"the THOR engine does not start ({error}): {needs}") from None
 
 
 def kind_of(name):
@@ -1017,9 +1035,10 @@ def data_set(folder):
     """The games of a split of ALFWorld's data set, as a dict type of task -> tuple of folders (str) below `folder`."""
     # ALFWorld leaves out the same ones: its text engine knows no things in movable things, and its expert no slices.
     found = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/game.tw-pddl"))
-    games = {kind: tuple(f for f in found if f.startswith(task + "-") and "Sliced" not in f) for kind, task in ALFRED_TASKS.items()}
+    games = {kind: tuple(f for f in found if f.startswith(task + "-") and "Sliced" not in f)
+             for kind, task in ALFRED_TASKS.items()}
     if not any(games.values()):
-        raise ValueError(f"{folder} holds no ALFWorld games: run alfworld-download, or unset ALFWORLD_DATA to play in built-in rooms")
+        raise ValueError(f"{folder} holds no ALFWorld games: run alfworld-download, or unset ALFWORLD_DATA")
     return games
 
 
@@ -1030,11 +1049,11 @@ def data_game(folder):
         game, trajectory = (json.loads((folder / name).read_text()) for name in ("game.tw-pddl", "traj_data.json"))
         return game, {key: trajectory[key] for key in ("task_type", "pddl_params")}  # all that is needed of 100 kB
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no ALFWorld game that can be read ({error}): delete it, or run alfworld-download again") from None
+        raise ValueError(f"{folder} holds no game that can be read ({error}): delete it, or download again") from None
 
 
 def kept_game(split, name):
-    """(game, trajectory) of the built-in game `name` ("heat/17"), which is made, played once by the expert and kept in the user's cache."""
+    """(game, trajectory) of the built-in game `name` ("heat/17"): made, played once by the expert, then kept."""
     folder = game_cache() / split / name
     if not folder.exists():
         kind, number = name.split("/")
@@ -1059,8 +1078,9 @@ def kept_game(split, name):
 @cache
 def game_cache():
     """The folder for built-in games, another for each version of the code that makes them."""
-    version = f"{zlib.crc32((inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)).encode()):08x}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm-games" / f"alfworld-{version}"
+    code = inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "vlm-games" / f"alfworld-{zlib.crc32(code.encode()):08x}"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir()) / folder.name
@@ -1092,9 +1112,9 @@ def expert_action(info):
 class Games:
     """`num_envs` games of the task `name` in lockstep, behind Gymnasium's vector API; each begins anew when it ends.
 
-    name: of one task, or several with commas between them, which take turns. evaluation: play what is kept for evaluation.
+    name: of one task, or several with commas between them, which take turns. evaluation: play what is kept for that.
 
-    images (N, 300, 300, 3) uint8, overwritten by the next step; infos: list of N dicts. Both are the states to act in next.
+    images (N, 300, 300, 3) uint8, overwritten by the next step; infos: list of N dicts. Both show what to act in next.
     """
 
     def __init__(self, name, num_envs, seed, obs="image", evaluation=False):
@@ -1113,8 +1133,8 @@ class Games:
         self.images, self.infos = images, split_info(infos)
 
     def step(self, actions, seeds=itertools.repeat(None), restart=False):
-        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an iterator),
-        or where `restart` (N,) says so.
+        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an
+        iterator), or where `restart` (N,) says so.
 
         Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), infos, and
         last_images: index of a game that ended -> its last picture.
@@ -1154,7 +1174,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults where there are some, and answers bad input with one line and exit code 2."""
+    """An argument parser that shows defaults where there are some; to bad input one line and exit code 2."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_Help, **kwargs)
@@ -1182,7 +1202,8 @@ def show(image, columns=60):
     """A picture as coloured half-blocks, for terminals."""
     pixels = np.asarray(Image.fromarray(image).resize((columns, columns)))
     for upper, lower in zip(pixels[::2], pixels[1::2]):
-        print("".join("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*u, *v) for u, v in zip(upper, lower)) + "\033[0m")
+        line = ("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*u, *v) for u, v in zip(upper, lower))
+        print("".join(line) + "\033[0m")
 
 
 def main():
