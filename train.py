@@ -45,172 +45,161 @@ from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 
 # Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-DEFAULTS = dict(model="tiny", policy="vlm", prompt="full", obs="image", ratio="step", alfworld="text", quantize=None, seed=0,
-                eval_episodes=1000)
-# The authors' settings and those of the embedded model, then what a task changes.
-PRESETS = {
-    "paper": dict(
-        cot_scale=0.5, temperature=0.2, max_new_tokens=256, image_tiles="one",
-        env_steps=15000, num_envs=16, rollout_steps=512, gamma=0.9, gae_lambda=0.95,
-        epochs=4, minibatch=128, microbatch=1, clip=0.1, value_clip=0.1, value_coef=0.5, kl_coef=0.0, target_kl=None,
-        lr=1e-5, lr_end=1e-9, adam_eps=1e-7, max_grad_norm=0.01, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
-        sft_steps=1000, sft_batch=128, sft_lr=2e-5, sft_lora=True, sft_restart=0.0, demo_noise=0.5),
-    "tiny": dict(
-        cot_scale=0.3, temperature=0.5, max_new_tokens=96, image_tiles="one",
-        env_steps=15360, num_envs=64, rollout_steps=512, gamma=0.9, gae_lambda=0.95,
-        epochs=4, minibatch=64, microbatch=32, clip=0.1, value_clip=1.0, value_coef=0.5, kl_coef=0.1, target_kl=0.02,
-        lr=3e-4, lr_end=3e-5, adam_eps=1e-7, max_grad_norm=0.5, lora_rank=16, lora_alpha=32, gradient_checkpointing=False,
-        sft_steps=400, sft_batch=32, sft_lr=1e-3, sft_lora=False, sft_restart=0.0, demo_noise=0.75),
+
+PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+rate, positive, size = env.number(float, 0, 1), env.number(float, 1e-12), env.positive_int
+switch = argparse.BooleanOptionalAction
+# What a setting takes, its values in the presets paper (the authors') and tiny (the embedded model's), and what it is.
+SETTINGS = {
+    "what to train": {
+        "env": (str, None, None, f"the task, one of {', '.join(env.GAMES)}, or several with commas between them"),
+        "model": (str, "tiny", "tiny", "tiny (built in), a model of the hub, or a folder"),
+        "policy": (["vlm", "cnn"], "vlm", "vlm", "vlm, or cnn: the paper's baseline without language and without SFT"),
+        "prompt": (prompts.STYLES, "full", "full",
+                   "before the action: key-state fields and thoughts (full, the paper's), thoughts, nothing (action); "
+                   "vision is full, told by the picture, not by the text; chatty is full, with idle words"),
+        "obs": (["image", "marked", "text"], "image", "image",
+                "the picture; marked, with boxes and labels around what matters; or text in the prompt instead"),
+        "image_tiles": (["one", "anyres"], "one", "one", "of LLaVA-1.6: one, as in the paper, or the library's"),
+        "device": (["cuda", "mps", "cpu"], BEST_DEVICE, "cpu", "of the model; the embedded one is too small for a GPU"),
+        "dtype": (["bfloat16", "float32"], "bfloat16", "float32", "of the base weights; off cuda always float32"),
+        "alfworld": (["text", "thor"], "text", "text",
+                     "its engine: text, with drawings, or the simulator thor (ai2thor, a display, the data set)"),
+        "quantize": (["4bit"], None, None, "base weights in 4 bits instead, with bitsandbytes on cuda"),
+        "cot_scale": (lambda text: text if text == "auto" else rate(text), 0.5, 0.3,
+                      "lambda in [0, 1]: weight of the thoughts' log-probability; auto: gives them half of the noise"),
+        "ratio": (["step", "token"], "step", "step", "one probability ratio a step, with lambda, or a token, without"),
+        "seed": (env.natural_int, 0, 0, "fixes the run"),
+        "eval_episodes": (size, 1000, 1000, "episodes of the evaluations at the end"),
+    },
+    "rollout": {
+        "env_steps": (size, 15000, 15360, "environment steps in all"),
+        "num_envs": (size, 16, 64, "environments played at a time"),
+        "rollout_steps": (size, 512, 512, "environment steps an update, over all environments"),
+        "temperature": (positive, 0.2, 0.5, "of sampling and of all log-probabilities"),
+        "max_new_tokens": (size, 256, 96, "longest answer"),
+    },
+    "PPO": {
+        "epochs": (size, 4, 4, "passes over a rollout"),
+        "minibatch": (size, 128, 64, "environment steps an optimiser step"),
+        "microbatch": (size, 1, 32, "environment steps a forward pass; smaller needs less memory"),
+        "lr": (positive, 1e-5, 3e-4, "learning rate at the start, cosine from there"),
+        "lr_end": (positive, 1e-9, 3e-5, "learning rate at the end"),
+        "adam_eps": (positive, 1e-7, 1e-7, "epsilon of Adam"),
+        "clip": (positive, 0.1, 0.1, "range of the probability ratio: 1 - clip to 1 + clip"),
+        "value_clip": (positive, 0.1, 1.0, "how far a value may move in an update, in units of return"),
+        "value_coef": (positive, 0.5, 0.5, "weight of the value loss"),
+        "max_grad_norm": (positive, 0.01, 0.5, "gradient clipping"),
+        "target_kl": (positive, None, 0.02, "end an update early past 1.5 times this approx_kl"),
+        "kl_coef": (env.number(float, 0), 0.0, 0.1, "weight of KL(p, p_SFT) of the thoughts: stay near SFT"),
+        "gamma": (rate, 0.9, 0.9, "discount"),
+        "gae_lambda": (rate, 0.95, 0.95, "lambda of generalised advantage estimation"),
+        "lora_rank": (size, 128, 16, "rank of the adapter"),
+        "lora_alpha": (size, 256, 32, "scale of the adapter, over its rank"),
+        "gradient_checkpointing": (switch, True, False, "keep no activations: less memory, a third more time"),
+    },
+    "SFT": {
+        "sft_steps": (size, 1000, 400, "optimiser steps"),
+        "sft_batch": (size, 128, 32, "demonstrations a step"),
+        "sft_lora": (switch, True, False, "train an adapter and merge it, instead of all weights"),
+        "sft_lr": (positive, 2e-5, 1e-3, "learning rate, cosine with 3 %% warm-up"),
+        "sft_restart": (rate, 0.0, 0.0, "share of episodes cut short a step, falling to 0: first states first"),
+        "demo_noise": (rate, 0.5, 0.75, "share of the demonstrated actions that are random"),
+    },
 }
+PRESETS = {kind: {name: row[column] for group in SETTINGS.values() for name, row in group.items() if name != "env"}
+           for column, kind in ((1, "paper"), (2, "tiny"))}
 TASK_PRESETS = {
     ("tiny", "numberline"): dict(env_steps=6144),
     ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
-    ("tiny", "points24"): dict(
-        demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01, value_clip=10.0, temperature=0.4),
-    ("tiny", "alfworld"): dict(
-        demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0, temperature=0.8, eval_episodes=300),
+    ("tiny", "points24"): dict(demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01,
+                               value_clip=10.0, temperature=0.4),
+    ("tiny", "alfworld"): dict(demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0,
+                               temperature=0.8, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
     ("paper", "alfworld"): dict(cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
 
-PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
+def complete(config):
+    """The dict `config`, with `env` and `preset`, and the defaults of all that it leaves out."""
+    defaults = PRESETS[config["preset"]] | TASK_PRESETS.get((config["preset"], config["env"]), {})
+    if config.get("device", defaults["device"]) != "cuda":
+        defaults["dtype"] = "float32"
+    if config.get("policy") == "cnn":
+        defaults["kl_coef"] = 0.0  # no SFT, nothing to stay near
+    return defaults | config
 
-# ---------------------------------------------------------------------------------------------------
-# Arguments
+
+def read_config(directory):
+    """The configuration of the run in `directory`. Raises OSError, ValueError or KeyError where there is none."""
+    return argparse.Namespace(**complete(json.loads((directory / "config.json").read_text())))
+
+
+def make_parser():
+    parser = env.Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,  # absent if not given
+                        usage="%(prog)s --env ENV [--cot-scale LAMBDA] [other flags]")
+    groups = {title: parser.add_argument_group(title) for title in SETTINGS}
+    for title, settings in SETTINGS.items():
+        for name, (takes, paper, tiny, help) in settings.items():
+            kind = "action" if takes is switch else "type" if callable(takes) else "choices"
+            default = f" [paper {paper}, tiny {tiny}]" if paper != tiny else f" [{tiny}]" if tiny is not None else ""
+            groups[title].add_argument(f"--{name.replace('_', '-')}", help=help + default, **{kind: takes})
+    add = groups["what to train"].add_argument
+    add("--preset", choices=PRESETS, help="settings behind the flags left out [tiny for --model tiny, else paper]")
+    add("--out", type=Path, help="run directory [a new one under runs/]")
+    add("--resume", type=Path, metavar="DIR", help="go on with the run in this directory, exactly; needs no other flag")
+    add("--track", choices=["tensorboard", "wandb"], help="send the metrics to TensorBoard or Weights & Biases as well")
+    add("--sweep", nargs="+", metavar="FLAG=V,V",
+        help="an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 ratio=token), for every "
+             "one of --seeds; writes table.md, table.json and curves.png into --out")
+    add("--seeds", metavar="S,S", help="of --sweep [0]")
+    add("--quick", action="store_true", help="--sweep at a size that shows only whether it works")
+    return parser
 
 
 def parse_args(argv=None):
     """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
-    parser = env.Parser(description=__doc__.split("\n\n")[0], usage="%(prog)s --env ENV [--cot-scale LAMBDA] [other flags]")
-    rate, positive, size = env.number(float, 0, 1), env.number(float, 1e-12), env.positive_int
-
-    def add(flag, help, **kwargs):
-        name = flag[2:].replace("-", "_")
-        defaults = {kind: preset[name] for kind, preset in PRESETS.items() if name in preset}
-        if DEFAULTS.get(name) is not None:
-            help += f" [{DEFAULTS[name]}]"
-        elif defaults:
-            help += f" [{', '.join(f'{kind} {value}' for kind, value in defaults.items())}]"
-        group.add_argument(flag, help=help, default=argparse.SUPPRESS, **kwargs)  # absent where it is not given
-
-    group = parser.add_argument_group("what to train")
-    add("--env", f"the task, one of {', '.join(env.GAMES)}, or several with commas between them", type=_tasks)
-    add("--model", "tiny (built in), a model of the hub, or a folder")
-    add("--policy", "vlm, or cnn: the paper's baseline without language and without SFT", choices=["vlm", "cnn"])
-    add("--prompt", "what the answer holds before the action: key-state fields and thoughts (full, the paper's), thoughts, nothing (action); "
-        "vision is full, with all that the text would tell left to the picture; chatty is full, with idle words in the thoughts", choices=prompts.STYLES)
-    add("--obs", "the picture; marked, with boxes and labels around what matters; or text, which tells the state in the prompt instead",
-        choices=["image", "marked", "text"])
-    add("--image-tiles", "LLaVA-1.6: one tile, as in the paper, or the library's tiling", choices=["one", "anyres"])
-    add("--device", f"of the model [tiny cpu, else {BEST_DEVICE}]", choices=["cuda", "mps", "cpu"])
-    add("--dtype", "of the base weights; adapter and value head are float32 [bfloat16 on cuda, else float32]",
-        choices=["bfloat16", "float32"])
-    add("--alfworld", "engine of alfworld: text, with drawings, or the simulator thor (ai2thor, a display, the data set)", choices=["text", "thor"])
-    add("--quantize", "base weights in 4 bits instead, with bitsandbytes on cuda", choices=["4bit"])
-    add("--cot-scale", "lambda in [0, 1]: weight of the thoughts' log-probability; auto: as much as gives them half of the noise",
-        type=lambda text: text if text == "auto" else rate(text))
-    add("--ratio", "one probability ratio a step, with lambda, or one a token, without", choices=["step", "token"])
-    add("--preset", "settings behind the flags left out [tiny for --model tiny, else paper]", choices=PRESETS)
-    add("--seed", "fixes the run", type=env.natural_int)
-    add("--out", "run directory [a new one under runs/]", type=Path)
-    add("--resume", "go on with the run in this directory, exactly; needs no other flag", type=Path, metavar="DIR")
-    add("--eval-episodes", "episodes of the evaluations at the end", type=size)
-    add("--track", "send the metrics to TensorBoard or Weights & Biases as well", choices=["tensorboard", "wandb"])
-    add("--sweep", "an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 ratio=token), for every one "
-        "of --seeds; writes table.md, table.json and curves.png into --out", nargs="+", metavar="FLAG=V,V")
-    add("--seeds", "of --sweep [0]", metavar="S,S")
-    add("--quick", "--sweep at a size that shows only whether it works: 20 steps of SFT, 512 environment steps, 50 episodes", action="store_true")
-
-    group = parser.add_argument_group("rollout")
-    add("--env-steps", "environment steps in all", type=size)
-    add("--num-envs", "environments played at a time", type=size)
-    add("--rollout-steps", "environment steps an update, over all environments", type=size)
-    add("--temperature", "of sampling and of all log-probabilities", type=positive)
-    add("--max-new-tokens", "longest answer", type=size)
-
-    group = parser.add_argument_group("PPO")
-    add("--epochs", "passes over a rollout", type=size)
-    add("--minibatch", "environment steps an optimiser step", type=size)
-    add("--microbatch", "environment steps a forward pass; smaller needs less memory", type=size)
-    add("--lr", "learning rate at the start, cosine from there", type=positive)
-    add("--lr-end", "learning rate at the end", type=positive)
-    add("--adam-eps", "epsilon of Adam", type=positive)
-    add("--clip", "range of the probability ratio: 1 - clip to 1 + clip", type=positive)
-    add("--value-clip", "how far a value may move in an update, in units of return", type=positive)
-    add("--value-coef", "weight of the value loss", type=positive)
-    add("--max-grad-norm", "gradient clipping", type=positive)
-    add("--target-kl", "end an update early past 1.5 times this approx_kl", type=positive)
-    add("--kl-coef", "weight of KL(p, p_SFT) of the thoughts: keeps reading and reasoning near what SFT has taught",
-        type=env.number(float, 0))
-    add("--gamma", "discount", type=rate)
-    add("--gae-lambda", "lambda of generalised advantage estimation", type=rate)
-    add("--lora-rank", "rank of the adapter", type=size)
-    add("--lora-alpha", "scale of the adapter, over its rank", type=size)
-    add("--gradient-checkpointing", "keep no activations inside the layers: less memory, a third more time",
-        action=argparse.BooleanOptionalAction)
-
-    group = parser.add_argument_group("SFT")
-    add("--sft-steps", "optimiser steps", type=size)
-    add("--sft-batch", "demonstrations a step", type=size)
-    add("--sft-lora", "train an adapter and merge it, instead of all weights", action=argparse.BooleanOptionalAction)
-    add("--sft-lr", "learning rate, cosine with 3 %% warm-up", type=positive)
-    add("--sft-restart", "share of the episodes that a step of SFT cuts short, falling to 0: first states, where planning is hardest, "
-        "come first", type=rate)
-    add("--demo-noise", "share of the demonstrated actions that are random", type=rate)
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-
-    out, directory = given.pop("out", None), given.pop("resume", None)
-    if directory:
+    if directory := given.pop("resume", None):
         try:
-            config = complete(json.loads((directory / "config.json").read_text()))
-            given_and_kept = [(key, value, config.get(key)) for key, value in given.items()]
+            config = read_config(directory)
         except (OSError, ValueError, KeyError):
             parser.error(f"{directory} holds no run (no config.json that can be read)")
-        for key, value, kept in given_and_kept + [("out", out, directory)] * bool(out):
+        for name, value in given.items():
+            kept = (vars(config) | {"out": directory}).get(name)
             if value != kept:
-                parser.error(f"--{key.replace('_', '-')} {value} contradicts the run's {kept}: leave it out, or begin a new run")
-        return parser, argparse.Namespace(**config), directory
-    if "env" not in given:
-        parser.error(f"--env is needed, one of {', '.join(env.GAMES)}")
+                parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept}: leave it out, "
+                             "or begin a new run")
+        return parser, config, directory
+    out, _, _, _ = (given.pop(name, None) for name in ("out", "sweep", "seeds", "quick"))
+    if not set(given.get("env", "").split(",")) <= set(env.GAMES):
+        parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
     preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
-    config = complete({"preset": preset} | given)
-    if config["policy"] == "cnn" and config["env"] not in prompts.CARD_TASKS:
+    config = argparse.Namespace(**complete({"preset": preset} | given))
+    if config.policy == "cnn" and config.env not in prompts.CARD_TASKS:
         parser.error(f"--policy cnn has one fixed list of actions: --env is one of {', '.join(prompts.CARD_TASKS)}")
-    if config["quantize"] and (config["device"] != "cuda" or config["model"] == "tiny"):
-        parser.error("--quantize 4bit is for large models on --device cuda")
-    if config["quantize"] and not find_spec("bitsandbytes"):
-        parser.error("--quantize 4bit needs a package: pip install bitsandbytes")
-    if config["rollout_steps"] % config["num_envs"]:
-        parser.error(f"--rollout-steps {config['rollout_steps']} is not a multiple of --num-envs {config['num_envs']}")
+    if config.quantize and (config.device != "cuda" or config.model == "tiny" or not find_spec("bitsandbytes")):
+        parser.error("--quantize 4bit is for large models on --device cuda, and needs pip install bitsandbytes")
+    if config.rollout_steps % config.num_envs:
+        parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of --num-envs {config.num_envs}")
+    if config.env_steps < config.rollout_steps:
+        parser.error(f"--env-steps {config.env_steps} is less than one rollout, --rollout-steps {config.rollout_steps}")
     for name in ("num_envs", "minibatch", "sft_batch"):
-        if config[name] % RANKS:
-            parser.error(f"--{name.replace('_', '-')} {config[name]} cannot be split over {RANKS} processes")
-    if config["env_steps"] < config["rollout_steps"]:
-        parser.error(f"--env-steps {config['env_steps']} is less than one rollout of --rollout-steps {config['rollout_steps']}")
-    out = out or Path("runs") / f"{config['env'].replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if getattr(config, name) % RANKS:
+            parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split over {RANKS} processes")
+    out = out or Path("runs") / f"{config.env.replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (out / "config.json").exists():
         parser.error(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
-    return parser, argparse.Namespace(**config), out
-
-
-def complete(config):
-    """The dict `config`, with `env` and `preset`, and the defaults of all that it leaves out."""
-    preset = config["preset"]
-    device = config.get("device", "cpu" if preset == "tiny" else BEST_DEVICE)  # the embedded model is too small for a GPU to help
-    placed = {"device": device, "dtype": "bfloat16" if device == "cuda" and preset == "paper" else "float32"}
-    plain = {"kl_coef": 0.0} if config.get("policy") == "cnn" else {}  # no SFT, nothing to stay near
-    return DEFAULTS | placed | PRESETS[preset] | TASK_PRESETS.get((preset, config["env"]), {}) | plain | config
-
-
-def _tasks(text):
-    if not set(text.split(",")) <= set(env.GAMES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(env.GAMES)}")
-    return text
+    return parser, config, out
 
 
 # ---------------------------------------------------------------------------------------------------
