@@ -45,6 +45,7 @@ from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 
 # Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+OWN_SEEDS = 100_003 * RANK  # a process adds it to the seed of all that it plays
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
@@ -212,10 +213,9 @@ def cosine(step, steps, start, end):
 
 
 def sft(policy, config, run):
-    """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens. Goes on from `run`'s checkpoint."""
-    n = config.sft_batch // RANKS
-    rng = np.random.default_rng(config.seed + 100_003 * RANK)
-    games = env.Games(config.env, n, config.seed + 100_003 * RANK, config.obs)
+    """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens; from `run`'s checkpoint on."""
+    n, rng = config.sft_batch // RANKS, np.random.default_rng(config.seed + OWN_SEEDS)
+    games = env.Games(config.env, n, config.seed + OWN_SEEDS, config.obs)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
@@ -223,11 +223,10 @@ def sft(policy, config, run):
     if state := run.restore("sft", policy, optimizer):
         start, rng.bit_generator.state = state["step"], state["rng"]
         games.restore(state["games"])
-    bar = tqdm(range(start, config.sft_steps), "SFT", config.sft_steps, initial=start, unit="step", disable=RANK > 0 or None)
-    for step in bar:
-        warmup = min(1.0, (step + 1) / (0.03 * config.sft_steps))
-        optimizer.param_groups[0]["lr"] = warmup * cosine(step, config.sft_steps, config.sft_lr, 0)
-        restart = config.sft_restart * (1 - step / config.sft_steps)  # from first states to whole episodes
+    steps, hidden = config.sft_steps, RANK > 0 or None  # None: hidden where there is no terminal
+    for step in (bar := tqdm(range(start, steps), "SFT", steps, initial=start, unit="step", disable=hidden)):
+        lr = min(1.0, (step + 1) / (0.03 * steps)) * cosine(step, steps, config.sft_lr, 0)  # 3 % warm-up
+        optimizer.param_groups[0]["lr"] = lr
         infos, noisy = games.infos, rng.random(n) < config.demo_noise
         actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(info)
                    for noise, info in zip(noisy, infos)]
@@ -246,13 +245,17 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Of the slips only a quarter is played: where a game is lost, nothing is left to learn.
-        games.step([action if slip else env.expert_action(info)
-                    for slip, action, info in zip(rng.random(n) < 0.25, actions, infos)], restart=rng.random(n) < restart)
-        if (step + 1) % 50 == 0 or step + 1 == config.sft_steps:
+        moves = [action if slip else env.expert_action(info)
+                 for slip, action, info in zip(rng.random(n) < 0.25, actions, infos)]
+        restart = rng.random(n) < config.sft_restart * (1 - step / steps)  # from first states to whole episodes
+        games.step(moves, restart=restart)
+        done = step + 1
+        if done % 50 == 0 or done == steps:
             bar.set_postfix(loss=f"{loss:.3f}")
-            run.log(stage="sft", step=step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"])
-        if (step + 1) % 100 == 0 or step + 1 == config.sft_steps or run.signal:
-            run.checkpoint("sft", step + 1, policy, optimizer, step=step + 1, rng=rng.bit_generator.state, games=games.snapshot())
+            run.log(stage="sft", step=done, loss=loss, lr=lr)
+        if done % 100 == 0 or done == steps or run.signal:
+            run.checkpoint("sft", done, policy, optimizer,
+                           step=done, rng=rng.bit_generator.state, games=games.snapshot())
     policy.temperature = config.temperature
 
 
@@ -264,11 +267,10 @@ class Collector:
     """Plays the policy in `num_envs` environments, which go on from one rollout to the next."""
 
     def __init__(self, policy, config):
-        self.policy, self.config = policy, config
-        self.n = n = config.num_envs // RANKS
-        self.rng = np.random.default_rng(config.seed + 100_003 * RANK)
-        self.games = env.Games(config.env, n, 1000 + config.seed * config.num_envs + RANK * n, config.obs)
-        self.returns = np.zeros(n)
+        self.policy, self.config, self.n = policy, config, config.num_envs // RANKS
+        self.rng = np.random.default_rng(config.seed + OWN_SEEDS)
+        self.games = env.Games(config.env, self.n, 1000 + config.seed * config.num_envs + RANK * self.n, config.obs)
+        self.returns = np.zeros(self.n)  # so far, of the episodes in play
 
     def snapshot(self):
         return {"games": self.games.snapshot(), "returns": self.returns.tolist(), "rng": self.rng.bit_generator.state}
@@ -278,52 +280,53 @@ class Collector:
         self.returns, self.rng.bit_generator.state = np.array(snapshot["returns"]), snapshot["rng"]
 
     def collect(self, bar):
-        """One `Rollout` of rollout_steps, and its statistics: success_rate, mean_return, illegal_rate."""
-        n, steps = self.n, self.config.rollout_steps // self.config.num_envs
-        answers, rows, illegal, episodes = [], [], 0, []
-        next_values = torch.zeros(steps, n)
-        for t in range(steps):
-            batch = self.policy.act(self.games.images, self.prompts(self.games.infos))
+        """One `Rollout` of rollout_steps, and its statistics: episodes, success_rate, mean_return, illegal_rate."""
+        config, answers, rows, episodes, illegal = self.config, [], [], [], 0
+        for _ in range(config.rollout_steps // config.num_envs):
+            # o and v_in -> v_out -> a = f(v_out), then the games' answer
+            infos = self.games.infos
+            batch = self.policy.act(self.games.images, self.prompts(infos))
             parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
-                      for answer, info in zip(batch, self.games.infos)]
-            slips = np.array([not was_legal for _, was_legal in parsed])
-            illegal += slips.sum()
-            penalties = slips * [env.GAMES[info["env"]].illegal_penalty for info in self.games.infos]
+                      for answer, info in zip(batch, infos)]
             step = self.games.step([action for action, _ in parsed])
-            rewards = step["rewards"] - penalties
-            answers += batch
-            rows.append(([a.logp_cot for a in batch], [a.logp_action for a in batch], [a.value for a in batch],
-                         rewards, step["terminated"], step["truncated"]))
-            cut = np.flatnonzero(step["truncated"] & ~step["terminated"])
+            slips = np.array([not was_legal for _, was_legal in parsed])
+            rewards = step["rewards"] - slips * [env.GAMES[info["env"]].illegal_penalty for info in infos]
+            # An episode that is cut off would have gone on: V of its last state, which the next episode has replaced.
+            next_values, cut = np.zeros(self.n), np.flatnonzero(step["truncated"] & ~step["terminated"])
             if len(cut):
-                next_values[t, cut] = self.values(np.stack([step["last_images"][i] for i in cut]), [step["infos"][i] for i in cut])
-            self.returns += rewards
+                pictures = np.stack([step["last_images"][i] for i in cut])
+                next_values[cut] = self.values(pictures, [step["infos"][i] for i in cut])
+            answers += batch
+            rows.append(dict(
+                logp_cot=[answer.logp_cot for answer in batch], logp_action=[answer.logp_action for answer in batch],
+                values=[answer.value for answer in batch], next_values=next_values, rewards=rewards,
+                terminated=step["terminated"], truncated=step["truncated"]))
+            illegal, self.returns = illegal + slips.sum(), self.returns + rewards
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.returns[i]))
                 self.returns[i] = 0
-            bar.update(n * RANKS)
+            bar.update(config.num_envs)
             if episodes:
-                bar.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
-        tensors = [torch.tensor(np.array(column)) for column in zip(*rows)]
-        logp_cot, logp_action, values, rewards = (x.float() for x in tensors[:4])
-        terminated, truncated = tensors[4:]
-        following = torch.cat([values[1:], self.values(self.games.images, self.games.infos)[None]])
-        next_values = torch.where(truncated, next_values, following)
-        totals = [len(episodes), sum(s for s, _ in episodes), sum(r for _, r in episodes), illegal, steps * n]
-        totals = gather(torch.tensor([totals], dtype=torch.float64)).reshape(RANKS, -1).sum(0)
-        count, success, total_return, illegal, played = totals.tolist()
-        sft_logp_cot = self.sft_logp_cot(answers).reshape(logp_cot.shape) if self.config.kl_coef else None
-        logps = pad_sequence([a.logps.float() for a in answers], True) if self.config.ratio == "token" else None
-        return (Rollout(answers, logp_cot, logp_action, values, next_values, rewards, terminated, truncated, logps, sft_logp_cot),
-                {"episodes": int(count), "success_rate": success / count if count else math.nan,
-                 "mean_return": total_return / count if count else math.nan, "illegal_rate": illegal / played})
+                bar.set_postfix(success=f"{np.mean(episodes, 0)[0]:.1%}")
+        columns = {key: torch.tensor(np.array([row[key] for row in rows])) for key in rows[0]}  # (T, N)
+        rollout = Rollout(answers, **{key: x if x.dtype == torch.bool else x.float() for key, x in columns.items()})
+        following = torch.cat([rollout.values[1:], self.values(self.games.images, self.games.infos)[None]])
+        rollout.next_values = torch.where(rollout.truncated, rollout.next_values, following)
+        if config.ratio == "token":
+            rollout.logps = pad_sequence([answer.logps.float() for answer in answers], True)
+        if config.kl_coef:
+            rollout.sft_logp_cot = self.sft_logp_cot(answers).reshape(rollout.values.shape)
+        totals = torch.tensor([[len(episodes), *np.reshape(episodes, (-1, 2)).sum(0), illegal]], dtype=torch.float64)
+        count, success, total, illegal = gather(totals).reshape(RANKS, -1).sum(0)
+        return rollout, {"episodes": int(count), "success_rate": (success / count).item(),
+                         "mean_return": (total / count).item(), "illegal_rate": illegal.item() / config.rollout_steps}
 
     @torch.no_grad()
     def sft_logp_cot(self, answers):
-        """log p(v_tht | o, v_in) under the SFT policy: the same weights with the adapter switched off, no second model."""
-        n = self.config.microbatch
+        """log p(v_tht | o, v_in) under the SFT policy: the same weights with the adapter off, no second model."""
+        starts, n = range(0, len(answers), self.config.microbatch), self.config.microbatch
         with self.policy.model.disable_adapter():
-            return torch.cat([self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in range(0, len(answers), n)])
+            return torch.cat([self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in starts])
 
     def values(self, images, infos):
         return self.policy.value(images, self.prompts(infos)).cpu()
@@ -344,17 +347,17 @@ def reinforce(policy, config, run):
         collector.restore(state["collector"])
 
     def checkpoint(update):
-        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer, update=update, collector=collector.snapshot())
+        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer,
+                       update=update, collector=collector.snapshot())
 
     if not first:
         checkpoint(0)
-    updates, began = config.env_steps // config.rollout_steps, time.time()
-    with tqdm(desc="PPO", total=updates * config.rollout_steps, initial=first * config.rollout_steps, unit="step",
-              disable=RANK > 0 or None) as bar:
+    steps, updates, began = config.rollout_steps, config.env_steps // config.rollout_steps, time.time()
+    with tqdm(desc="PPO", total=updates * steps, initial=first * steps, unit="step", disable=RANK > 0 or None) as bar:
         for update in range(first, updates):
-            optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
+            lr = optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
             rollout, stats = collector.collect(bar)
-            if not update and config.policy == "vlm":
+            if update == 0 and config.policy == "vlm":
                 policy.standardise(rollout.answers, config.microbatch)
                 for x in policy.value_head.buffers() if RANKS > 1 else ():
                     dist.broadcast(x, src=0)
@@ -366,13 +369,13 @@ def reinforce(policy, config, run):
                 clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
                 microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
                 target_kl=config.target_kl, kl_coef=config.kl_coef)
-            steps = (update + 1) * config.rollout_steps
-            run.log(stage="rl", env_steps=steps, **stats, cot_scale=cot_scale, lr=optimizer.param_groups[0]["lr"],
-                    logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
-                    update_seconds=round(time.time() - collected, 2))
-            say(f"{steps:6} steps  success {stats['success_rate']:6.1%}  return {stats['mean_return']:+6.2f}  "
-                      f"illegal {stats['illegal_rate']:5.1%}  kl {stats['approx_kl']:.4f}  clipped {stats['clipfrac']:5.1%}  "
-                      f"explained {stats['explained_variance']:+.2f}  {time.time() - began:4.0f} s")
+            stats |= {"cot_scale": cot_scale, "lr": lr, "logp_cot": rollout.logp_cot.mean().item(),
+                      "logp_action": rollout.logp_action.mean().item(),
+                      "update_seconds": round(time.time() - collected, 2)}
+            run.log(stage="rl", env_steps=(update + 1) * steps, **stats)
+            say("{:6} steps  success {success_rate:6.1%}  return {mean_return:+6.2f}  illegal {illegal_rate:5.1%}  "
+                "kl {approx_kl:.4f}  clipped {clipfrac:5.1%}  explained {explained_variance:+.2f}  {:4.0f} s".format(
+                    (update + 1) * steps, time.time() - began, **stats))
             checkpoint(update + 1)
 
 
