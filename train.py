@@ -390,42 +390,37 @@ class Refused(Exception):
 class Run:
     """A run directory: metrics, checkpoints, one process at a time. Use it as a context manager.
 
-    A checkpoint is one safetensors file: trainable weights, Adam's moments and torch's random state, and in the header, as
-    JSON, all the rest. It is written aside, synced and renamed, and its name ends in the SHA-256 of its content: what bears
-    such a name is whole, or is found not to be. The last two are kept. Nothing is ever pickled.
+    A checkpoint is one safetensors file: trainable weights and Adam's moments, and in the header, as JSON,
+    all the rest. It is written aside, synced and renamed, and its name ends in the SHA-256 of its content: what
+    bears such a name is whole, or is found not to be. The last two are kept. Nothing is ever pickled.
     """
+    pattern = "checkpoint-*.safetensors"  # of its checkpoints' names: a number that grows, then the digest
 
     def __init__(self, out, config):
-        """Lock the directory and find its newest whole checkpoint. Raises OSError, or filelock.Timeout where another run has it."""
+        """Lock the directory, find its newest whole checkpoint. Raises OSError, or Timeout where it is taken."""
         self.out, self.signal, self.began, self.rows = out, 0, time.time(), []
-        self.file, self.state = None, {"stage": None, "metrics": 0}
-        if RANK == 0:
-            self._open(config)
-        if RANKS > 1:  # the others write nothing
-            found = [self.file, self.state]
+        found = [None, {"stage": None, "metrics": 0}]  # the checkpoint's file and state
+        if RANK == 0:  # the others write nothing
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
+            self.lock.acquire(timeout=0)
+            for file in sorted(out.glob(self.pattern), reverse=True):
+                if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.split("-")[-1]:
+                    with safe_open(file, "pt") as header:
+                        found = [file, json.loads(header.metadata()["state"])]
+                    break
+                print(f"{file} is damaged: kept as {file.name}.broken, trying the one before", file=sys.stderr)
+                file.rename(f"{file}.broken")
+            (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
+            (out / "config.tmp").replace(out / "config.json")
+            self.track = tracker(config, out)
+            self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
+            self.metrics.truncate(found[1]["metrics"])  # what came after the checkpoint will come again
+            self.rows = read_metrics(out)
+            self.began -= self.rows[-1]["seconds"] if self.rows else 0
+        if RANKS > 1:
             dist.broadcast_object_list(found)
-            self.file, self.state = found
-
-    def _open(self, config):
-        out = self.out
-        out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
-        self.lock.acquire(timeout=0)
-        for file in sorted(out.glob("checkpoint-*.safetensors"), reverse=True):
-            if self._digest(file) == file.stem.split("-")[-1]:
-                with safe_open(file, "pt") as header:
-                    self.file, self.state = file, json.loads(header.metadata()["state"])
-                break
-            print(f"{file} is damaged: kept as {file.name}.broken, trying the one before", file=sys.stderr)
-            file.rename(f"{file}.broken")
-        (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
-        (out / "config.tmp").replace(out / "config.json")
-        self.track = tracker(config, out)
-        self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
-        self.metrics.truncate(self.state["metrics"])  # what came after the checkpoint will come again
-        self.rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        if self.rows:
-            self.began -= self.rows[-1]["seconds"]
+        self.file, self.state = found
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -436,6 +431,7 @@ class Run:
             signal.signal(number, handler)
         if RANK:
             return
+        (self.out / "checkpoint.tmp").unlink(missing_ok=True)  # half a checkpoint, where the disk was full
         self.metrics.close()
         self.lock.release()
         if kind:  # stopped, by a signal or an error
@@ -447,96 +443,87 @@ class Run:
         self.signal = number
         print("\nstopping at the next checkpoint (once more: at once)", file=sys.stderr)
 
-    @staticmethod
-    def _digest(file):
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()[:16]
-
     def log(self, **row):
         """Add a line to metrics.jsonl."""
-        if RANK:
-            return
-        row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-        row = {key: None if value != value else value for key, value in row.items()}  # JSON has no NaN
-        self.rows.append(row | {"seconds": round(time.time() - self.began, 2)})
-        self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
-        self.track(self.rows[-1])
+        if RANK == 0:
+            row["seconds"] = round(time.time() - self.began, 2)
+            self.rows.append({key: None if value != value else round(value, 6) if isinstance(value, float) else value
+                              for key, value in row.items()})  # JSON has no NaN
+            self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
+            self.track({f"{row.get('policy', row['stage'])}/{key}": value for key, value in self.rows[-1].items()
+                        if isinstance(value, (int, float))}, row.get("env_steps", row.get("step", 0)))
 
     def checkpoint(self, stage, index, policy, optimizer, **state):
-        """Save all that `restore` needs, under a number `index` that grows; stops the run where a signal asked for it."""
-        trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-        tensors = {f"policy.{name}": x.detach() for name, x in [*trained, *policy.value_head.named_buffers("value_head")]}
+        """Save all that `restore` needs, under a number `index` that grows; stops the run if a signal asked for it."""
+        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+        tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()
+                   if name in trained or "value_head" in name}
         for i, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
-        mine = (self.signal, state, torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
-        everyone = [mine] * RANKS
+            tensors |= {f"optimizer.{i}.{key}": x for key, x in moments.items()}
+        state["torch"] = torch.get_rng_state().tolist()
+        state["cuda"] = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+        everyone = [(self.signal, state)] * RANKS
         if RANKS > 1:
-            dist.all_gather_object(everyone, mine)
-        for rank, (_, _, random, random_cuda) in enumerate(everyone):
-            tensors |= {f"random.{rank}": random} | ({f"random.cuda.{rank}": random_cuda} if random_cuda is not None else {})
+            dist.all_gather_object(everyone, everyone[0])
         if RANK == 0:
-            self._write(index, tensors, {"stage": stage, "metrics": self.metrics.tell(), "ranks": [state for _, state, _, _ in everyone]})
-        if stop := max(signal for signal, *_ in everyone):
-            raise SystemExit(128 + stop)
-
-    def _write(self, index, tensors, state):
-        scratch = self.out / "checkpoint.tmp"
-        try:
+            header = {"stage": stage, "metrics": self.metrics.tell(), "ranks": [state for _, state in everyone]}
+            content, scratch = serialize(tensors, {"state": json.dumps(header)}), self.out / "checkpoint.tmp"
             with scratch.open("wb") as file:
-                file.write(serialize(tensors, {"state": json.dumps(state)}))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
-        scratch.rename(self.out / f"checkpoint-{index:07}-{self._digest(scratch)}.safetensors")
-        for old in sorted(self.out.glob("checkpoint-*.safetensors"))[:-2]:
-            old.unlink()
+            name = f"checkpoint-{index:07}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+            scratch.rename(self.out / name)
+            for old in sorted(self.out.glob(self.pattern))[:-2]:
+                old.unlink()
+        if stop := max(signal for signal, _ in everyone):
+            raise SystemExit(128 + stop)
+
+    def restore(self, stage, policy, optimizer):
+        """Load the checkpoint that was found and return what `checkpoint` was given; None if it is of another stage."""
+        if self.state["stage"] != stage:
+            return None
+        if len(self.state["ranks"]) != RANKS:
+            raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
+        state, tensors, moments = self.state["ranks"][RANK], load_file(self.file), {}
+        for key in [key for key in tensors if key.startswith("optimizer.")]:
+            _, i, name = key.split(".")
+            moments.setdefault(int(i), {})[name] = tensors.pop(key)
+        policy.load_state_dict({key.removeprefix("policy."): x for key, x in tensors.items()}, strict=False)
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        return state
 
     def finish(self, figure):
         """Write curve.png, which marks the run as finished, and drop the checkpoints."""
         figure.savefig(self.out / "curve.tmp", dpi=110, format="png")
         (self.out / "curve.tmp").rename(self.out / "curve.png")
-        for file in self.out.glob("checkpoint-*.safetensors"):
+        for file in self.out.glob(self.pattern):
             file.unlink()
 
-    def restore(self, stage, policy, optimizer):
-        """Load the checkpoint that was found, if it is of this `stage`; returns the state given to `checkpoint`, else None."""
-        if self.state["stage"] != stage:
-            return None
-        tensors = load_file(self.file)
-        policy.load_state_dict({key[7:]: x for key, x in tensors.items() if key.startswith("policy.")}, strict=False)
-        moments = {}
-        for key, x in tensors.items():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                moments.setdefault(int(i), {})[name] = x
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        if len(self.state["ranks"]) != RANKS:
-            raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
-        torch.set_rng_state(tensors[f"random.{RANK}"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{RANK}"])
-        return self.state["ranks"][RANK]
+
+def read_metrics(directory):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def tracker(config, out):
-    """A function that sends a row of metrics.jsonl to where --track says."""
+    """A function that sends numbers, a dict, of a step to where --track says."""
     kind = getattr(config, "track", None)
     try:
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            send = SummaryWriter(out).add_scalar
-        elif kind == "wandb":
+            board = SummaryWriter(out)
+            return lambda numbers, step: [board.add_scalar(name, value, step) for name, value in numbers.items()]
+        if kind == "wandb":
             import wandb
-            log = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config)).log
-            send = lambda name, value, step: log({name: value, "env_steps": step})  # noqa: E731
-        else:
-            return lambda row: None
+            board = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
+            return lambda numbers, step: board.log(numbers | {"env_steps": step})
     except ImportError:
         raise Refused(f"--track {kind} needs a package: pip install {kind}") from None
-    return lambda row: [send(f"{row.get('policy', row['stage'])}/{key}", value, row.get("env_steps", row.get("step", 0)))
-                        for key, value in row.items() if isinstance(value, (int, float))]
+    return lambda numbers, step: None
 
 
 def sft_key(config):
