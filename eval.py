@@ -93,11 +93,10 @@ class ApiModel:
         self.requests, self.asked, self.lock, self.known = 0, Counter(), threading.Lock(), {}
         cache.parent.mkdir(parents=True, exist_ok=True)
         self.file = cache.open("a")
-        for line in cache.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                self.known |= json.loads(line)
-            else:  # torn by the end of a process
-                self.file.truncate(cache.stat().st_size - len(line))
+        whole, end, _ = cache.read_bytes().rpartition(b"\n")  # what follows was torn by the end of a process
+        for line in whole.splitlines():
+            self.known |= json.loads(line)
+        self.file.truncate(len(whole + end))
 
     def act(self, images, prompts):
         """Answers, each with a `text`, to N pictures (uint8, N x H x W x 3) and prompts."""
@@ -157,39 +156,49 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
 
     ALFWorld is played in rooms that training has not seen.
 
-    Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose
-    answer named no legal action), episode_length (mean, in steps), seconds; and where the task has several types, by_task_type:
-    type -> [success rate, episodes].
+    Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose answer
+    named no legal action), episode_length (mean, in steps), seconds; and where the task has several types,
+    by_task_type: type -> [success rate, episodes].
     """
-    began, n = time.time(), min(num_envs, episodes)
-    first = EVAL_SEEDS * (seed + 1)
+    began, n, first = time.time(), min(num_envs, episodes), EVAL_SEEDS * (seed + 1)
     games, seeds = env.Games(name, n, first, obs, evaluation=True), itertools.count(first + n)
     started, active = n, np.ones(n, bool)
     returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
-    finished, types = [], {}  # (success, return, length) of each episode; type of task -> successes
+    finished = []  # (success, return, length, type of task) of each episode
     with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
         while active.any():
             playing = np.flatnonzero(active)
             actions = [info["legal_actions"][0] for info in games.infos]
-            for i, (action, was_legal) in zip(playing, agent(games.images[playing], [games.infos[i] for i in playing])):
+            answers = agent(games.images[playing], [games.infos[i] for i in playing])
+            for i, (action, was_legal) in zip(playing, answers):
                 actions[i] = action
                 illegal += not was_legal
                 returns[i] -= 0 if was_legal else env.GAMES[name].illegal_penalty
             step = games.step(actions, seeds)
             returns, lengths = returns + step["rewards"], lengths + 1
             for i in np.flatnonzero((step["terminated"] | step["truncated"]) & active):
-                finished.append((step["infos"][i]["success"], returns[i], lengths[i]))
-                if "task_type" in step["infos"][i]:
-                    types.setdefault(step["infos"][i]["task_type"], []).append(step["infos"][i]["success"])
+                info = step["infos"][i]
+                finished.append((info["success"], returns[i], lengths[i], info.get("task_type")))
                 bar.update()
                 returns[i] = lengths[i] = 0
                 active[i] = started < episodes  # else its place is played on, but not counted
                 started += 1
-    success, returns, lengths = map(np.array, zip(*finished))
-    return {"episodes": episodes, "success_rate": float(success.mean()), "ci95": wilson_interval(success.sum(), episodes),
-            "mean_return": float(returns.mean()), "illegal_rate": illegal / int(lengths.sum()),
-            "episode_length": float(lengths.mean()), "seconds": round(time.time() - began, 2)} | (
-                {"by_task_type": {kind: [float(np.mean(won)), len(won)] for kind, won in sorted(types.items())}} if types else {})
+    success, returns, lengths, kinds = map(np.array, zip(*finished))
+    types = {kind: [float(success[kinds == kind].mean()), int((kinds == kind).sum())]
+             for kind in sorted({*kinds.tolist()} - {None})}
+    result = {"episodes": episodes, "success_rate": float(success.mean()),
+              "ci95": wilson_interval(success.sum(), episodes), "mean_return": float(returns.mean()),
+              "illegal_rate": illegal / int(lengths.sum()), "episode_length": float(lengths.mean()),
+              "seconds": round(time.time() - began, 2)}
+    return result | ({"by_task_type": types} if types else {})
+
+
+def read_fields(text):
+    """The fields of an answer; none where it is no JSON object."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return {}
 
 
 def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="image"):
@@ -198,16 +207,13 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
     and "all" for the share of answers right in every field.
     """
-    rng, games = np.random.default_rng(seed), env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), obs, evaluation=True)
-    fields, right = prompts.TASKS[name].fields, []
+    rng, fields, right = np.random.default_rng(seed), prompts.TASKS[name].fields, []
+    games = env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), obs, evaluation=True)
     with tqdm(total=trials, desc="recognition", unit="answer", disable=None, leave=False) as bar:
         while len(right) < trials:
             answers = policy.act(games.images, [prompts.build_prompt(info, style) for info in games.infos])
             for answer, info in zip(answers, games.infos):
-                try:
-                    said = dict(json.loads(answer.text))
-                except (ValueError, TypeError, RecursionError):
-                    said = {}  # no JSON object, so nothing was read
+                said = read_fields(answer.text)
                 right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
             bar.update(len(answers))
             games.step([env.expert_action(info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
@@ -223,36 +229,34 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     A key-state field or thought that is not what an expert would have said of this state is marked red.
     """
     games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True), np.random.default_rng(seed)
-    frames, total = [], 0.0
+    pictures, durations, total = [], [], 0.0
     while episodes:
         info, image = games.infos[0], games.images[0].copy()  # the next step draws over it
         answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
         action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
         truth = json.loads(prompts.demonstration(info, action, style))
-        try:
-            said = dict(json.loads(answer.text))
-        except (ValueError, TypeError, RecursionError):
-            said = {"answer": answer.text}
-        said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key)) for key, value in said.items()}
+        said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key))
+                for key, value in (read_fields(answer.text) or {"answer": answer.text}).items()}
+        notes = [f"value {answer.value:+.2f}"] + [f"no legal action: plays {action}"] * (not was_legal)
+        pictures.append(_frame(image, said, notes))
+        durations.append(1600)
         step = games.step([action])
         total += step["rewards"][0]
-        over = bool(step["terminated"][0] or step["truncated"][0])
-        end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}" if over else ""
-        frames.append((_frame(image, said, f"value {answer.value:+.2f}", "" if was_legal else f"no legal action: plays {action}"), 1600))
-        if over:
-            frames.append((_frame(step["last_images"][0], {}, f"reward {step['rewards'][0]:+.0f}", end), 2400))
+        if step["terminated"][0] or step["truncated"][0]:
+            end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}"
+            pictures.append(_frame(step["last_images"][0], {}, [f"reward {step['rewards'][0]:+.0f}", end]))
+            durations.append(2400)
             episodes, total = episodes - 1, 0.0
-    pictures, durations = zip(*frames)
     if file.suffix == ".png":
         width, height = pictures[0].size
         sheet = Image.new("RGB", (2 * width, math.ceil(len(pictures) / 2) * height), "white")
         for i, picture in enumerate(pictures):
             sheet.paste(picture, (i % 2 * width, i // 2 * height))
         return sheet.quantize(64).save(file)
-    pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
 
 
-def _frame(image, said, *notes):
+def _frame(image, said, notes):
     """One picture of the animation: the game at the left, at the right the answer, field by field, and the notes."""
     frame = Image.new("RGB", (2 * env.SIZE + 60, env.SIZE), "#f4f1ea")
     frame.paste(Image.fromarray(image))
@@ -264,7 +268,7 @@ def _frame(image, said, *notes):
             draw.text((x, y), line, "#101820" if is_true else "#c8102e", env.font(17))
             y += 20
         y += 6
-    for i, note in enumerate(filter(None, notes)):
+    for i, note in enumerate(notes):
         draw.text((x, env.SIZE - 28 - 22 * i), note, "#28518f", env.font(16))
     return frame.quantize(64)
 
@@ -272,14 +276,13 @@ def _frame(image, said, *notes):
 def table(rows):
     """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
     wide = max(10, *map(len, rows))
-    lines = [f"{'policy':<{wide}} {'success':>8}  {'95 % interval':>17}  {'return':>7}  {'illegal':>7}  {'episodes':>8}"]
+    lines = [f"{'policy':<{wide}}  success      95 % interval   return  illegal  episodes"]
     for name, r in rows.items():
         low, high = r["ci95"]
-        lines.append(f"{name:<{wide}} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  {r['mean_return']:>+7.2f}  "
-                     f"{r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
-    kinds = next(iter(rows.values())).get("by_task_type", ())
-    if kinds:
-        lines += ["", f"{'success in':<{wide}} " + " ".join(f"{kind:>8}" for kind in kinds) + f" {'average':>8}"]
+        lines.append(f"{name:<{wide}} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  "
+                     f"{r['mean_return']:>+7.2f}  {r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
+    if kinds := next(iter(rows.values())).get("by_task_type"):
+        lines += ["", f"{'success in':<{wide}} " + " ".join(f"{kind:>8}" for kind in [*kinds, "average"])]
         for name, r in rows.items():
             rates = [r["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
             lines.append(f"{name:<{wide}} " + " ".join(f"{rate:>8.1%}" for rate in [*rates, sum(rates) / len(rates)]))
@@ -288,71 +291,76 @@ def table(rows):
 
 def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, help="directory of a training run: evaluates its model")
-    parser.add_argument("--env", choices=env.GAMES, help="the task (default: the run's)")
-    parser.add_argument("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
-                        help="whom to evaluate; the last three are a run's (default: rl)")
-    parser.add_argument("--episodes", type=env.positive_int, help="episodes to play [1000; for --gif 4]", default=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
-    parser.add_argument("--num-envs", type=env.positive_int, default=64, help="episodes played at a time")
-    parser.add_argument("--recognition", action="store_true", help="instead of playing, count how often the model reads the picture right")
-    parser.add_argument("--trials", type=env.positive_int, default=1000, help="answers of --recognition")
-    parser.add_argument("--gif", type=Path, metavar="FILE",
-                        help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
-    parser.add_argument("--api-base", metavar="URL", help="evaluate a model behind an OpenAI-compatible endpoint; key in the variable API_KEY")
-    parser.add_argument("--api-model", metavar="NAME", help="its name there")
-    parser.add_argument("--max-requests", type=env.positive_int, default=math.inf, help="of --api-base: stop before there are more")
-    parser.add_argument("--cache", type=Path, default=Path("runs/api-cache.jsonl"), help="of --api-base: file for all answers, each paid for once")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add, count = parser.add_argument, env.positive_int
+    add("--run", type=Path, help="directory of a training run: evaluates its model")
+    add("--env", choices=env.GAMES, help="the task (default: the run's)")
+    add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
+        help="whom to evaluate; the last three are a run's (default: rl)")
+    add("--episodes", type=count, help="episodes to play [1000; for --gif 4]", default=argparse.SUPPRESS)
+    add("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
+    add("--num-envs", type=count, default=64, help="episodes played at a time")
+    add("--recognition", action="store_true", help="count instead how often the model reads the picture right")
+    add("--trials", type=count, default=1000, help="answers of --recognition")
+    add("--gif", type=Path, metavar="FILE",
+        help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
+    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint; key in the variable API_KEY")
+    add("--api-model", metavar="NAME", help="its name there")
+    add("--max-requests", type=count, default=math.inf, help="of --api-base: stop before there are more")
+    add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
+        help="of --api-base: file for all answers, each paid for once")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
-    rng, episodes = np.random.default_rng(args.seed), getattr(args, "episodes", 4 if args.gif else 1000)
+    episodes, policy, style, obs = getattr(args, "episodes", 4 if args.gif else 1000), None, "full", "image"
     if args.api_base:
         if not args.env or not args.api_model or not args.api_base.startswith(("http://", "https://")):
             parser.error("--api-base URL needs --api-model NAME and --env")
-        args.policy, obs = f"api:{args.api_model}", "image"
+        args.policy = f"api:{args.api_model}"
         try:
-            model = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
+            policy = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
         except (OSError, ValueError) as error:
             parser.error(f"cannot use --cache {args.cache}: {error}")
-        agent = model_agent(model, rng)
     elif args.policy in ("random", "expert"):
         if not args.env or args.recognition:
             parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
-        agent, obs = random_agent(rng) if args.policy == "random" else expert_agent, "image"
+    elif not args.run:
+        parser.error("name a run with --run, or --env with --policy random or expert")
     else:
-        if not args.run:
-            parser.error("name a run with --run, or --env with --policy random or expert")
         import torch
 
         import train  # loading a model takes seconds: only where one is needed
+
         args.policy = args.policy or "rl"
         try:
             policy, config = train.load_run(args.run, args.policy)
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"{args.run} holds no run that can be loaded: {error}")
-        args.env = args.env or config["env"]
+        torch.manual_seed(args.seed)
+        args.env, style, obs = args.env or config.env, config.prompt, config.obs
         if args.env not in env.GAMES:
             parser.error(f"{args.run} plays several tasks: name one of {args.env} with --env")
-        torch.manual_seed(args.seed)
-        style, obs = config["prompt"], config["obs"]
-        agent = model_agent(policy, rng, style)
-        if args.gif:
-            try:
-                return animate(policy, args.env, episodes, args.seed, args.gif, style, obs)
-            except OSError as error:
-                parser.error(f"cannot write {args.gif}: {error.strerror}")
+    rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
+    given = {"random": random_agent(rng), "expert": expert_agent}
+    agent = model_agent(policy, rng, style) if policy else given[args.policy]
+    try:
+        if args.gif and policy:
+            return animate(policy, args.env, episodes, args.seed, args.gif, style, obs)
         if args.recognition:
             shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs, style, obs)
-            result = {"env": args.env, "policy": args.policy, "trials": args.trials, "recognition": shares}
-            lines = [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
-            return print(json.dumps(result) if args.json else "\n".join([f"{args.env}, {args.policy}, {args.trials} answers", *lines]))
-    try:
-        result = {"env": args.env, "policy": args.policy} | evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
+            result |= {"trials": args.trials, "recognition": shares}
+            lines = [f"{args.env}, {args.policy}, {args.trials} answers"]
+            lines += [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
+        else:
+            result |= evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
+            lines = [f"{args.env}, seed {args.seed}", table({args.policy: result})]
     except (ApiError, ValueError) as error:  # refused by a server, or by an environment that lacks its data
         parser.error(str(error))
+    except OSError as error:
+        if not args.gif:
+            raise
+        parser.error(f"cannot write {args.gif}: {error.strerror}")
     if args.api_base:
-        result["requests"] = model.requests
-    print(json.dumps(result) if args.json else f"{args.env}, seed {args.seed}\n{table({args.policy: result})}")
+        result["requests"] = policy.requests
+    print(json.dumps(result) if args.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

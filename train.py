@@ -13,6 +13,7 @@ value_head.safetensors and curve.png. `python eval.py --run DIR` evaluates it ag
 import argparse
 import atexit
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,7 @@ OWN_SEEDS = 100_003 * RANK  # a process adds it to the seed of all that it plays
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
+BOUNDS = {"blackjack": 0.4316, "points24": 0.7309}  # best possible success rates: computed, for an infinite deck
 
 # ---------------------------------------------------------------------------------------------------
 # Settings
@@ -526,38 +528,37 @@ def tracker(config, out):
     return lambda numbers, step: None
 
 
-def sft_key(config):
-    """Name of the SFT weights in the cache: a digest of every setting and every line of code they depend on."""
-    lora = ("lora_rank", "lora_alpha") if config.sft_lora else ()
-    settings = {key: getattr(config, key) for key in (
-        "env", "model", "prompt", "obs", "seed", "sft_steps", "sft_batch", "sft_lr", "sft_restart", "demo_noise", "dtype", "device", "image_tiles",
-        "quantize", *lora)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+def sft_cache(config, out):
+    """Where its SFT weights are kept: the name is a digest of every setting and line of code that they depend on."""
+    names = ["env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize", *SETTINGS["SFT"]]
+    names += ["lora_rank", "lora_alpha"] if config.sft_lora else []
+    content = hashlib.sha256(json.dumps([getattr(config, name) for name in names]).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
-        digest.update((Path(__file__).parent / file).read_bytes())
-    return f"{config.env}-{digest.hexdigest()[:12]}"
+        content.update((Path(__file__).parent / file).read_bytes())
+    return out.parent / "sft-cache" / f"{config.env}-{content.hexdigest()[:12]}"
 
 
-def prepare(config):
-    """Choose ALFWorld's engine, and see that every task can be made. Raises ValueError where it cannot."""
+def build_policy(config, weights=None):
+    """A fresh policy for `config`, with the SFT weights, or merged SFT adapter, of the folder `weights` if given.
+
+    Chooses ALFWorld's engine, too. Raises OSError or ValueError where a task or the model cannot be made.
+    """
     if config.alfworld == "thor":
         env.register(env.ALFWorldThorEnv)
     for name in config.env.split(","):
         gymnasium.make(env.env_id(name)).close()
-
-
-def build_policy(config, weights=None):
-    """A fresh policy for `config`; with the SFT weights, or the SFT adapter merged, of the folder `weights` where one is given."""
     torch.manual_seed(config.seed)
     if config.policy == "cnn":
         return CNNPolicy(env.GAMES[config.env].actions, config.temperature).to(config.device)
-    names = config.env.split(",")
-    texts = prompts.corpus(prompts.CARD_TASKS if {*names} <= {*prompts.CARD_TASKS} else names, config.prompt, config.obs) if (
-        config.model == "tiny" and not weights) else None
+    texts, names = None, config.env.split(",")
+    if config.model == "tiny" and not weights:  # what its tokenizer learns from
+        names = prompts.CARD_TASKS if {*names} <= {*prompts.CARD_TASKS} else names
+        texts = prompts.corpus(names, config.prompt, config.obs)
     adapter = weights and (weights / "adapter_config.json").exists()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
-    policy = VLMPolicy(*load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
-                                   device, getattr(torch, config.dtype), config.quantize), config.temperature, config.max_new_tokens)
+    model = load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
+                       device, getattr(torch, config.dtype), config.quantize)
+    policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
     if adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights))
         policy.merge_lora()
@@ -567,55 +568,82 @@ def build_policy(config, weights=None):
 
 
 def memory_plan(policy, config):
-    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict, from the sizes of model, adapter and batches."""
+    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict."""
+    if config.policy == "cnn":
+        return 0.2, {"CNN": 0.2}
     games = env.Games(config.env, config.env.count(",") + 1, 0, config.obs)
     inputs = policy.encode(games.images, [prompts.build_prompt(info, config.prompt) for info in games.infos])
-    length = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
-    text, size = policy.model.config.get_text_config(), policy.model.dtype.itemsize
-    linear = [module for module in policy.model.modules() if isinstance(module, torch.nn.Linear)]
-    adapter = config.lora_rank * sum(module.in_features + module.out_features for module in linear)
+    tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
+    model, text, size = policy.model, policy.model.config.get_text_config(), policy.model.dtype.itemsize
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    trained = config.lora_rank * sum(module.in_features + module.out_features for module in linear)
     if not config.sft_lora:  # SFT trains every weight
-        adapter = max(adapter, policy.model.num_parameters())
+        trained = max(trained, model.num_parameters())
+    layers, heads = text.num_hidden_layers, text.num_key_value_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = config.num_envs // RANKS * length * text.num_hidden_layers * text.num_key_value_heads * head_size * 2 * size
-    # A layer keeps about 34 values a token and unit of width, or only its input; the vocabulary's logits are float32, thrice.
-    kept = text.num_hidden_layers * (2 if config.gradient_checkpointing else 34) + (34 if config.gradient_checkpointing else 0)
-    parts = {"weights": policy.model.get_memory_footprint(), "adapter and optimiser": adapter * 16,
-             "cache": cache,
-             "activations": config.microbatch * (length * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12)}
-    parts = {name: n / 1e9 for name, n in parts.items()}
+    # A layer keeps about 34 values a token and unit of width, or its input alone; the float32 logits are there thrice.
+    kept = 34 + 2 * layers if config.gradient_checkpointing else 34 * layers
+    activations = tokens * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12
+    parts = {"weights": model.get_memory_footprint(), "adapter and optimiser": 16 * trained,
+             "cache": config.num_envs // RANKS * tokens * layers * heads * head_size * 2 * size,
+             "activations": config.microbatch * activations}
+    parts = {name: count / 1e9 for name, count in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts.
     return parts["weights"] + parts["adapter and optimiser"] + max(parts["activations"], parts["cache"]), parts
 
 
 def load_run(directory, which="rl"):
-    """(policy, config dict) of a finished run; which: "rl", "sft" for the policy before PPO, or "untrained".
+    """(policy, configuration) of a finished run; which: "rl", "sft" for the policy before PPO, or "untrained".
 
     Raises OSError or ValueError where the directory holds no finished run.
     """
-    config = complete(json.loads((directory / "config.json").read_text()))
-    prepare(argparse.Namespace(**config))
-    if which == "sft" and config["policy"] == "cnn":
+    config = read_config(directory)
+    if which == "sft" and config.policy == "cnn":
         raise ValueError("a CNN has no SFT")
-    policy = build_policy(argparse.Namespace(**config), directory / "sft" if which != "untrained" else None)
+    policy = build_policy(config, directory / "sft" if which != "untrained" else None)
     if which == "rl":
         policy.load(directory)
     return policy, config
 
 
-def plot(rows, references):
-    """A matplotlib figure: the learning curve of metrics.jsonl's `rows`, with horizontal lines for the other policies' success rates."""
+# ---------------------------------------------------------------------------------------------------
+# Results
+
+
+def summary(rows, task):
+    """What figures and tables want of a run's `rows`: its evaluations on `task`, by policy, and its learning curve."""
+    return {row["policy"]: row for row in rows if row.get("env") == task} | {
+        "task": task, "curve": [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]}
+
+
+REFERENCES = {"random": "#9a9a9a", "SFT": "#c8802e", "RL": "#c8102e", "CNN + RL": "#c8102e", "expert": "#1f6f54"}
+
+
+def plot(runs):
+    """A matplotlib figure: for each task every setting's mean curve, a band from the lowest seed to the highest, and
+    dashed lines for other policies. runs: name of a setting -> `summary` of each seed; a run is a sweep of one seed.
+    """
     from matplotlib.figure import Figure
 
-    rl = [row for row in rows if row["stage"] == "rl" and row["success_rate"] is not None]  # None: no episode ended
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["env_steps"] for row in rl], [100 * row["success_rate"] for row in rl], color="#28518f", label="RL, training episodes")
-    for (name, result), color in zip(references.items(), ("#9a9a9a", "#c8802e", "#c8102e", "#1f6f54")):
-        axes.axhline(100 * result["success_rate"], ls="--", lw=1.2, color=color, label=f"{name} {result['success_rate']:.1%}")
-    axes.set(xlabel="environment steps", ylabel="success rate (%)", ylim=(0, None), xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    tasks = list(dict.fromkeys(seeds[0]["task"] for seeds in runs.values()))
+    figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        mine = {name: seeds for name, seeds in runs.items() if seeds[0]["task"] == task}
+        for name, seeds in mine.items():
+            steps = [step for step, _ in seeds[0]["curve"]]
+            rates = np.array([[rate for _, rate in run["curve"]] for run in seeds], float)  # NaN: no episode ended
+            line, = axes.plot(steps, rates.mean(0), ".-", label=name.removeprefix(f"{task}, "))
+            axes.fill_between(steps, rates.min(0), rates.max(0), color=line.get_color(), alpha=0.15, lw=0)
+        for name, color in REFERENCES.items():
+            rates = [run[name]["success_rate"] for seeds in mine.values() for run in seeds if name in run]
+            if rates and (len(mine) == 1 or name in ("random", "expert")):  # the others differ from setting to setting
+                axes.axhline(np.mean(rates), ls="--", lw=1.2, color=color, label=f"{name} {np.mean(rates):.1%}")
+        if task in BOUNDS:
+            axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=f"best possible {BOUNDS[task]:.2%}")
+        axes.set(title=task, xlabel="environment steps", ylabel="success rate", ylim=(0, None), xlim=(0, None))
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -624,110 +652,40 @@ def sweep(argv):
 
     Runs that are there are reused and runs that stopped go on, so the same line resumes the experiment.
     """
-    parser = env.Parser(prog="train.py --sweep")
-    parser.add_argument("--sweep", nargs="+", metavar="FLAG=V,V")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--quick", action="store_const", const="--sft-steps 20 --env-steps 512 --eval-episodes 50".split(), default=[])
-    parser.add_argument("--out", type=Path, required=True)
-    args, rest = parser.parse_known_args(argv)
-    rest += args.quick
-    runs = {}
-    for flag, value in ((flag, value) for flag, _, values in (axis.partition("=") for axis in args.sweep) for value in values.split(",")):
-        for seed in args.seeds.split(","):
-            folder, line = args.out / f"{flag}-{value}-seed{seed}", [*rest, f"--{flag}", value, "--seed", seed]
-            _, config, _ = parse_args(line)
-            begun = (folder / "config.json").exists()
-            if begun and complete(json.loads((folder / "config.json").read_text())) != vars(config):
-                parser.error(f"{folder} has other settings: choose another --out")
-            if not (folder / "curve.png").exists():
-                main(["--resume", str(folder)] if begun else [*line, "--out", str(folder)])
-            rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-            for task in config.env.split(","):
-                runs.setdefault(f"{task}, {flag} {value}" if flag != "env" else task, []).append(
-                    {row["policy"]: row for row in rows if row["stage"] == "eval" and row["env"] == task}
-                    | {"task": task, "curve": [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]})
-    players = [name for name in ("random", "SFT", "RL", "CNN + RL", "expert") if any(name in run for seeds in runs.values() for run in seeds)]
-    lines = ["| | " + " | ".join(players) + " | RL: illegal | paper, 7B, other pictures |", "|---" * (len(players) + 3) + "|"]
-    for name, seeds in runs.items():
-        cells = []
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    if "out" not in given:
+        parser.error("--sweep needs --out")
+    quick = "--sft-steps 20 --env-steps 512 --eval-episodes 50".split() if "quick" in given else []
+    axes = [axis.partition("=") for axis in given.sweep]
+    settings = [(flag, value) for flag, _, values in axes for value in values.split(",")]
+    seeds, runs = getattr(given, "seeds", "0"), {}  # runs: name of a setting -> `summary` of each seed
+    for (flag, value), seed in itertools.product(settings, seeds.split(",")):
+        folder = given.out / f"{flag}-{value}-seed{seed}"
+        _, config, _ = parse_args([*argv, *quick, f"--{flag}", value, "--seed", seed])
+        if (folder / "config.json").exists() and read_config(folder) != config:
+            parser.error(f"{folder} has other settings: choose another --out")
+        if not (folder / "curve.png").exists():
+            launch(parser, config, folder)
+        for task in config.env.split(","):
+            name = task if flag == "env" else f"{task}, {flag} {value}"
+            runs.setdefault(name, []).append(summary(read_metrics(folder), task))
+    players = [name for name in REFERENCES if any(name in run for summaries in runs.values() for run in summaries)]
+    text = f"| | {' | '.join(players)} | RL: illegal | paper, 7B, other pictures |\n{'|---' * (len(players) + 3)}|\n"
+    for name, summaries in runs.items():
+        cells = [name]
         for player in players:
-            rates = [100 * run[player]["success_rate"] for run in seeds if player in run]
+            rates = [100 * run[player]["success_rate"] for run in summaries if player in run]
             cells.append(f"{np.mean(rates):.1f} % ({', '.join(f'{rate:.1f}' for rate in rates)})" if rates else "")
-        illegal = 100 * np.mean([run.get("RL", run.get("CNN + RL"))["illegal_rate"] for run in seeds])
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {illegal:.1f} % | {PUBLISHED.get(seeds[0]['task'], '')} |")
-    lines += ["", f"Success on {config.eval_episodes} episodes, mean of seeds {args.seeds} (in brackets each).",
-              f"`python train.py {' '.join(argv)}`", ""]
-    (args.out / "table.md").write_text("\n".join(lines))
-    (args.out / "table.json").write_text(json.dumps(runs, indent=1))
-    plot_sweep(runs).savefig(args.out / "curves.png", dpi=110)
-    print("\n".join(lines) + f"{args.out / 'curves.png'}")
-
-
-def plot_sweep(runs):
-    """A matplotlib figure of a sweep: a panel a task, the mean curve of each setting, and a band from the lowest seed to the highest."""
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(seeds[0]["task"] for seeds in runs.values()))
-    figure = Figure(figsize=(5.6 * len(tasks), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        mine = {name: seeds for name, seeds in runs.items() if seeds[0]["task"] == task}
-        for i, (name, seeds) in enumerate(mine.items()):
-            steps = [step for step, _ in seeds[0]["curve"]]
-            rates = 100 * np.array([[rate or 0 for _, rate in run["curve"]] for run in seeds], float)
-            color = f"C{i}"
-            axes.plot(steps, rates.mean(0), ".-", color=color, label=name.removeprefix(f"{task}, "))
-            axes.fill_between(steps, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
-        for reference, color in (("random", "#9a9a9a"), ("expert", "#1f6f54")):
-            axes.axhline(100 * np.mean([run[reference]["success_rate"] for seeds in mine.values() for run in seeds]), ls="--", lw=1.2,
-                         color=color, label=reference)
-        axes.set(title=task, xlabel="environment steps", ylabel="success rate of training episodes (%)", ylim=(0, None), xlim=(0, None))
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "--sweep" in argv:
-        return sweep(argv)
-    parser, config, out = parse_args(argv)
-    try:
-        prepare(config)
-    except ValueError as error:
-        parser.error(str(error))
-    if RANKS > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
-        atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
-    if (out / "curve.png").exists():
-        parser.error(f"{out} holds a finished run: begin a new one with another --out")
-    cached = out.parent / "sft-cache" / sft_key(config)
-    weights = next((folder for folder in (out / "sft", cached) if folder.exists()), None)
-    try:
-        policy = build_policy(config, weights)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot load --model {weights or config.model}: {str(error).splitlines()[0]}")
-    needed, parts = memory_plan(policy, config) if config.policy == "vlm" else (0.2, {"CNN": 0.2})
-    there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
-    if needed > there / 1e9:
-        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: try --gradient-checkpointing, --quantize 4bit, "
-                     "a smaller --microbatch, --num-envs, --lora-rank or --max-new-tokens")
-    try:
-        with Run(out, config) as run:
-            if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
-                raise Refused(f"{out / 'sft'} is missing")
-            name, size = config.model if config.policy == "vlm" else "CNN", sum(p.numel() for n, p in policy.named_parameters() if "value" not in n)
-            say(f"{config.env}: {name} ({size / 1e6:.1f} M parameters) on {config.device}, {config.dtype}"
-                + f", {RANKS} processes" * (RANKS > 1) + f"; into {out}\nmemory expected: {needed:.1f} GB = "
-                + " + ".join(f"{name} {size:.1f}" for name, size in parts.items()))
-            return train(policy, config, run, cached, weights)
-    except Timeout:
-        parser.error(f"another process is training in {out}")
-    except OSError as error:
-        parser.error(f"{error.filename or out}: {error.strerror or error}")
-    except (Refused, SafetensorError) as error:
-        parser.error(str(error).splitlines()[0])
-    except FloatingPointError as error:
-        parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
+        illegal = np.mean([run.get("RL", run.get("CNN + RL"))["illegal_rate"] for run in summaries])
+        cells += [f"{100 * illegal:.1f} %", PUBLISHED.get(summaries[0]["task"], "")]
+        text += f"| {' | '.join(cells)} |\n"
+    text += (f"\nSuccess on {config.eval_episodes} episodes, mean of seeds {seeds} (in brackets each).\n"
+             f"`python train.py {' '.join(argv)}`\n")
+    (given.out / "table.md").write_text(text)
+    (given.out / "table.json").write_text(json.dumps(runs, indent=1))
+    plot(runs).savefig(given.out / "curves.png", dpi=110)
+    print(f"{text}{given.out / 'curves.png'}")
 
 
 def say(text):
@@ -736,8 +694,9 @@ def say(text):
         tqdm.write(text, file=sys.stdout)
 
 
-def pretrain(policy, config, run, cached, weights):
+def pretrain(policy, config, run, weights):
     """SFT, or nothing where `policy` has its `weights` already; leaves them in the cache and in the run's directory."""
+    cached = sft_cache(config, run.out)
     if not weights:
         if config.sft_lora:
             policy.add_lora(config.lora_rank, config.lora_alpha)
@@ -756,30 +715,30 @@ def pretrain(policy, config, run, cached, weights):
         (run.out / "sft.tmp").rename(run.out / "sft")
 
 
-def train(policy, config, run, cached, weights):
+def train(policy, config, run, weights):
     """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any.
 
     Returns the evaluations, task -> policy name -> row of metrics.jsonl (None in all processes but the first).
     """
+    names, language = config.env.split(","), config.policy == "vlm"
+
     def assess(name, agent=None):
-        for task in config.env.split(",") if RANK == 0 else ():  # the others wait at the next gather
+        for task in names if RANK == 0 else ():  # the others wait at the next gather
             player = agent or model_agent(policy, np.random.default_rng(config.seed), config.prompt)
-            result = evaluate(player, task, config.eval_episodes, config.seed, config.num_envs, config.obs, f"evaluating {name}")
-            run.log(stage="eval", policy=name, env=task, **result)
+            run.log(stage="eval", policy=name, env=task, **evaluate(
+                player, task, config.eval_episodes, config.seed, config.num_envs, config.obs, f"evaluating {name}"))
             if run.signal:
                 raise SystemExit(128 + run.signal)
 
-    language = config.policy == "vlm"
     if language:
-        pretrain(policy, config, run, cached, weights)
+        pretrain(policy, config, run, weights)
     if run.state["stage"] != "rl":
-        torch.manual_seed(config.seed + 100_003 * RANK)  # from here on a run with cached SFT weights is the same as one without
+        torch.manual_seed(config.seed + OWN_SEEDS)  # cached SFT weights or not: the same from here on
         assess("random", random_agent(np.random.default_rng(config.seed)))
         if language:
             assess("SFT")
-            if RANK == 0:
-                rates = [f"{row['success_rate']:.1%}" for row in run.rows if row.get("policy") == "SFT"]
-                say(f"SFT: success {', '.join(rates)} after {run.rows[-1]['seconds']:.0f} s")
+            rates = [f"{row['success_rate']:.1%}" for row in run.rows if row.get("policy") == "SFT"]
+            say(f"SFT: success {', '.join(rates)} after {time.time() - run.began:.0f} s")
     if language:
         policy.add_lora(config.lora_rank, config.lora_alpha)
     reinforce(policy, config, run)
@@ -788,13 +747,57 @@ def train(policy, config, run, cached, weights):
     policy.save(run.out)
     assess("RL" if language else "CNN + RL")
     assess("expert", expert_agent)
-    results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in config.env.split(",")}
-    run.finish(plot(run.rows, results.get(config.env, {})))
+    results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in names}
+    run.finish(plot({"RL, training episodes": [summary(run.rows, config.env)]}))
     print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s")
     for task, rows in results.items():
-        print(f"\n{task}" * (len(results) > 1), table(rows), sep="\n" * (len(results) > 1))
+        print(f"\n{task}\n" * (len(results) > 1) + table(rows))
     print(f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
     return results
+
+
+def launch(parser, config, out):
+    """Train in the directory `out`, or go on there; what a user can mend ends in one line and exit code 2."""
+    if (out / "curve.png").exists():
+        parser.error(f"{out} holds a finished run: begin a new one with another --out")
+    if RANKS > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # rollouts are gathered on the CPU
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
+    weights = next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None)
+    try:
+        policy = build_policy(config, weights)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"cannot play --env {config.env} with --model {weights or config.model}: {reason}")
+    needed, parts = memory_plan(policy, config)
+    there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
+    if needed > there / 1e9:
+        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: try --quantize 4bit, "
+                     "--gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank or --max-new-tokens")
+    try:
+        with Run(out, config) as run:
+            if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
+                raise Refused(f"{out / 'sft'} is missing")
+            name = config.model if config.policy == "vlm" else "CNN"
+            count = sum(p.numel() for key, p in policy.named_parameters() if "value" not in key) / 1e6
+            place = f"{config.device}, {config.dtype}" + f", {RANKS} processes" * (RANKS > 1)
+            say(f"{config.env}: {name} ({count:.1f} M parameters) on {place}; into {out}")
+            say(f"memory expected: {needed:.1f} GB = " + " + ".join(f"{part} {gb:.1f}" for part, gb in parts.items()))
+            return train(policy, config, run, weights)
+    except Timeout:
+        parser.error(f"another process is training in {out}")
+    except OSError as error:
+        parser.error(f"{error.filename or out}: {error.strerror or error}")
+    except (Refused, SafetensorError) as error:
+        parser.error(str(error).splitlines()[0])
+    except FloatingPointError as error:
+        parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    return sweep(argv) if "--sweep" in argv else launch(*parse_args(argv))
 
 
 if __name__ == "__main__":
