@@ -54,11 +54,12 @@ class ApiError(Exception):
 
 
 class ApiModel:
-    """A model behind an OpenAI-compatible chat completion endpoint, zero-shot; `act` is that of `VLMPolicy`, with texts alone.
+    """A model behind an OpenAI-compatible chat completion endpoint, zero-shot; `act` as in `VLMPolicy`, texts alone.
 
-    Every answer is kept in the file `cache` (JSON lines), so that an evaluation that stopped goes on without paying twice. Refusals
-    (429), faults of the server (5xx) and time-outs are asked again, `tries` times, after 1, 2, 4, ... seconds. What is no chat completion,
-    or longer than `max_bytes`, counts as an empty answer. Raises ApiError where the server refuses for good or `max_requests` are spent.
+    Every answer is kept in the file `cache` (JSON lines), so that an evaluation that stopped goes on without paying
+    twice. Refusals (429), faults of the server (5xx) and time-outs are asked again, `tries` times, after 1, 2, 4, ...
+    seconds. What is no chat completion, or longer than `max_bytes`, counts as an empty answer. Raises ApiError where
+    the server refuses for good or `max_requests` are spent.
     """
     tries, max_bytes, max_characters = 6, 1_000_000, 10_000
 
@@ -123,11 +124,12 @@ class ApiModel:
 
         Image.fromarray(image).save(picture := io.BytesIO(), "PNG")
         url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]}]
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
         for attempt in range(self.tries):
             with self.lock:
                 if self.requests >= self.max_requests:
-                    raise ApiError(f"--max-requests {self.max_requests} are spent; the answers are kept, the same line goes on from there")
+                    raise ApiError(f"--max-requests {self.max_requests} are spent; the same line goes on from there")
                 self.requests += 1
             try:
                 reply = self.client.chat_completion(messages, model=self.name, max_tokens=512)
@@ -141,7 +143,8 @@ class ApiModel:
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 return ""
             self.wait(2 ** attempt)
-        raise ApiError(f"{self.base}: {ascii(reason.replace(self.key or reason, '(key)') if self.key else reason)[1:-1][:300]}")
+        reason = reason.replace(self.key, "(key)") if self.key else reason
+        raise ApiError(f"{self.base}: {ascii(reason)[1:-1][:300]}")
 
 
 def wilson_interval(successes, n, z=1.96):
@@ -222,6 +225,28 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
 
 
+def recognition_table(runs, trials, seed=0, num_envs=64, policies=("untrained", "sft", "rl")):
+    """Does RL improve seeing? `recognition` of finished runs of one task, before SFT, after it and after RL.
+
+    Returns (dict of policy -> list of each run's shares, Markdown table of their means in percent).
+    """
+    import torch
+
+    import train
+
+    shares = {which: [] for which in policies}
+    for which, run in itertools.product(policies, runs):
+        policy, config = train.load_run(run, which)
+        torch.manual_seed(seed)
+        shares[which].append(recognition(policy, config.env, trials, seed, num_envs, config.prompt, config.obs))
+    fields = list(shares[policies[0]][0])
+    lines = [f"| {config.env}, {trials} answers of each run | {' | '.join(fields)} |", "|---" * (len(fields) + 1) + "|"]
+    for which, each in shares.items():
+        cells = [f"{100 * np.mean([run[field] for run in each]):.1f} %" for field in fields]
+        lines.append(f"| {which} | {' | '.join(cells)} |")
+    return shares, "\n".join(lines)
+
+
 def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     """Write episodes as an animated GIF, or as a contact sheet if `file` ends in .png: the picture, what the model says
     it sees, thinks and does, and what came of it.
@@ -292,14 +317,16 @@ def table(rows):
 def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
     add, count = parser.add_argument, env.positive_int
-    add("--run", type=Path, help="directory of a training run: evaluates its model")
+    add("--run", type=Path, nargs="+", help="directory of a training run, whose model is evaluated")
+    add("--model", help="a model zero-shot instead: of the hub, or a folder")
     add("--env", choices=env.GAMES, help="the task (default: the run's)")
     add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
         help="whom to evaluate; the last three are a run's (default: rl)")
     add("--episodes", type=count, help="episodes to play [1000; for --gif 4]", default=argparse.SUPPRESS)
     add("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
     add("--num-envs", type=count, default=64, help="episodes played at a time")
-    add("--recognition", action="store_true", help="count instead how often the model reads the picture right")
+    add("--recognition", action="store_true", help="count instead how often the model reads the picture right; "
+        "without --policy a table of untrained, sft and rl, the means of all --run")
     add("--trials", type=count, default=1000, help="answers of --recognition")
     add("--gif", type=Path, metavar="FILE",
         help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
@@ -322,22 +349,31 @@ def main():
     elif args.policy in ("random", "expert"):
         if not args.env or args.recognition:
             parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
-    elif not args.run:
-        parser.error("name a run with --run, or --env with --policy random or expert")
+    elif not args.run and not (args.model and args.env):
+        parser.error("name a run with --run, --env and --model, or --env with --policy random or expert")
     else:
         import torch
 
         import train  # loading a model takes seconds: only where one is needed
 
-        args.policy = args.policy or "rl"
         try:
-            policy, config = train.load_run(args.run, args.policy)
+            if args.recognition and args.run and not args.policy:
+                shares, text = recognition_table(args.run, args.trials, args.seed, args.num_envs)
+                return print(json.dumps(shares) if args.json else text)
+            if args.model:
+                args.policy = args.model
+                _, config, _ = train.parse_args(["--env", args.env, "--model", args.model])
+                policy = train.build_policy(config)
+            else:
+                args.policy = args.policy or "rl"
+                policy, config = train.load_run(args.run[0], args.policy)
         except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{args.run} holds no run that can be loaded: {error}")
+            what = f"--model {args.model}" if args.model else f"the run in {args.run[0]}"
+            parser.error(f"cannot load {what}: {str(error).splitlines()[0]}")
         torch.manual_seed(args.seed)
         args.env, style, obs = args.env or config.env, config.prompt, config.obs
         if args.env not in env.GAMES:
-            parser.error(f"{args.run} plays several tasks: name one of {args.env} with --env")
+            parser.error(f"{args.run[0]} plays several tasks: name one of {args.env} with --env")
     rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
     given = {"random": random_agent(rng), "expert": expert_agent}
     agent = model_agent(policy, rng, style) if policy else given[args.policy]

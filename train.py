@@ -73,6 +73,7 @@ SETTINGS = {
         "dtype": (["bfloat16", "float32"], "bfloat16", "float32", "of the base weights; off cuda always float32"),
         "alfworld": (["text", "thor"], "text", "text",
                      "its engine: text, with drawings, or the simulator thor (ai2thor, a display, the data set)"),
+        "trust_remote_code": (switch, False, False, "run Python code that a model brings along"),
         "quantize": (["4bit"], None, None, "base weights in 4 bits instead, with bitsandbytes on cuda"),
         "cot_scale": (lambda text: text if text == "auto" else rate(text), 0.5, 0.3,
                       "lambda in [0, 1]: weight of the thoughts' log-probability; auto: gives them half of the noise"),
@@ -557,7 +558,7 @@ def build_policy(config, weights=None):
     adapter = weights and (weights / "adapter_config.json").exists()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
     model = load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
-                       device, getattr(torch, config.dtype), config.quantize)
+                       device, getattr(torch, config.dtype), config.quantize, config.trust_remote_code)
     policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
     if adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights))
@@ -772,9 +773,10 @@ def launch(parser, config, out):
         parser.error(f"cannot play --env {config.env} with --model {weights or config.model}: {reason}")
     needed, parts = memory_plan(policy, config)
     there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
+    advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
+              "or --max-new-tokens")
     if needed > there / 1e9:
-        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: try --quantize 4bit, "
-                     "--gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank or --max-new-tokens")
+        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: {advice}")
     try:
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
@@ -791,6 +793,12 @@ def launch(parser, config, out):
         parser.error(f"{error.filename or out}: {error.strerror or error}")
     except (Refused, SafetensorError) as error:
         parser.error(str(error).splitlines()[0])
+    except torch.OutOfMemoryError:
+        parser.error(f"out of memory: {advice}")
+    except RuntimeError as error:
+        if RANKS == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        parser.error(f"process {RANK}: another one died, which ends the run")
     except FloatingPointError as error:
         parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
 

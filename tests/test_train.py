@@ -74,6 +74,12 @@ def test_eval_prints_one_json_object(tmp_path, capsys, monkeypatch):
     assert set(results["RL"]) - {"stage"} <= set(result)
 
 
+def test_a_model_is_evaluated_zero_shot(monkeypatch, capsys):
+    call_eval(monkeypatch, "--env", "numberline", "--model", "tiny", "--episodes", 3, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["policy"] == "tiny" and result["illegal_rate"] > 0.9  # nobody has taught it the format
+
+
 def test_evaluation_plays_the_same_episodes_whatever_the_number_of_environments():
     one, other = (evaluation.evaluate(evaluation.expert_agent, "points24", 40, seed=1, num_envs=n) for n in (3, 40))
     assert {**one, "seconds": 0} == {**other, "seconds": 0}
@@ -85,9 +91,14 @@ def call_eval(monkeypatch, *flags):
 
 
 def test_recognition_of_a_run_and_its_animation(undisturbed, tmp_path, capsys, monkeypatch):
-    call_eval(monkeypatch, "--run", undisturbed, "--recognition", "--trials", 10, "--json")
-    result = json.loads(capsys.readouterr().out)
-    assert set(result["recognition"]) == {"cards", "formula", "all"} and all(0 <= share <= 1 for share in result["recognition"].values())
+    call_eval(monkeypatch, "--run", undisturbed, "--policy", "sft", "--recognition", "--trials", 10, "--json")
+    shares = json.loads(capsys.readouterr().out)["recognition"]
+    assert set(shares) == {"cards", "formula", "all"} and all(0 <= share <= 1 for share in shares.values())
+    call_eval(monkeypatch, "--run", undisturbed, undisturbed, "--recognition", "--trials", 10, "--json")
+    table = json.loads(capsys.readouterr().out)
+    assert list(table) == ["untrained", "sft", "rl"] and table["sft"] == [shares, shares]
+    call_eval(monkeypatch, "--run", undisturbed, "--recognition", "--trials", 10)
+    assert f"| sft | {100 * shares['cards']:.1f} % |" in capsys.readouterr().out
     call_eval(monkeypatch, "--run", undisturbed, "--gif", tmp_path / "x.gif")
     with Image.open(tmp_path / "x.gif") as animation:
         assert animation.n_frames >= 8  # four episodes: at least a step and an end each
@@ -230,7 +241,8 @@ def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags", [["--run", "/no/such/dir"], [], ["--policy", "random"], ["--env", "blackjack", "--policy", "x"], ["--episodes", "0"]])
+@pytest.mark.parametrize("flags", [["--run", "/no/such/dir"], [], ["--policy", "random"], ["--env", "blackjack", "--policy", "x"], ["--episodes", "0"],
+                                   ["--model", "tiny"], ["--env", "blackjack", "--model", "/no/such/model"]])
 def test_eval_bad_flags(flags, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", *flags])
     with pytest.raises(SystemExit) as stop:
