@@ -262,7 +262,7 @@ class Game(gym.Env):
         for label, box in self.marks if self.obs == "marked" else ():
             ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
             draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
-        return np.asarray(picture)
+        return np.array(picture)
 
     def snapshot(self):
         """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""
