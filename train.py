@@ -627,8 +627,10 @@ def plot(runs):
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(seeds[0]["task"] for seeds in runs.values()))
-    figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+    columns, rows = min(len(tasks), 2), (len(tasks) + 1) // 2
+    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
+    for place, task in enumerate(tasks, 1):
+        axes = figure.add_subplot(rows, columns, place)
         mine = {name: seeds for name, seeds in runs.items() if seeds[0]["task"] == task}
         for name, seeds in mine.items():
             steps = [step for step, _ in seeds[0]["curve"]]

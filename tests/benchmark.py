@@ -169,8 +169,8 @@ def matrix_rate(policy, rows):
 
 
 def read_rate(device):
-    """Measured bytes a second that a pass over 2 GB of memory reads."""
-    x = torch.ones(500_000_000, device=device)
+    """Measured bytes a second that a pass over 2 GB of a GPU's memory, or 200 MB of a CPU's, reads."""
+    x = torch.ones(500_000_000 if torch.cuda.is_available() else 50_000_000, device=device)
     return 4 * x.numel() / statistics.median(seconds(torch.sum, x)[0] for _ in range(10))
 
 
@@ -365,26 +365,29 @@ def main():
     median = {key: statistics.median(values) for key, values in times.items()}
     rows = 64 * (answers[0].inputs["input_ids"].shape[1] + 30)
     rate, decode_rate = matrix_rate(policy, rows), matrix_rate(policy, 64)
-    limits = {"PPO samples": (work["forward"] + work["inputs"] + work["adapter"]) / rate, "SFT samples": sft_work / rate,
-              "rollout steps, 64 envs": work["forward"] / decode_rate}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     length = statistics.mean(len(a.tokens) for a in answers)
     prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
-    print(f"{args.model}, {args.env}, {args.threads} threads, prompts of {prompt:.0f} and answers of {length:.0f} tokens, {rate / 1e9:.0f} GFLOP/s for these shapes "
-          f"({decode_rate / 1e9:.0f} while decoding), {args.rounds} rounds\n")
+    text, size = policy.model.config.get_text_config(), policy.model.dtype.itemsize
+    cache = 64 * (prompt + length / 2) * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * size
+    reading = read_rate(policy.model.device)
+    limits = {"PPO samples": (work["forward"] + work["inputs"] + work["adapter"]) / rate, "SFT samples": sft_work / rate,
+              "rollout steps, 64 envs": work["forward"] / decode_rate,
+              "the same, bandwidth": length * (policy.model.get_memory_footprint() + cache) / reading / 64}
+    median["the same, bandwidth", "ours"] = median["rollout steps, 64 envs", "ours"]
+    print(f"{args.model}, {args.env}, {args.threads} threads, prompts of {prompt:.0f} and answers of {length:.0f} tokens, "
+          f"{rate / 1e9:.0f} GFLOP/s for these shapes ({decode_rate / 1e9:.0f} while decoding), "
+          f"memory read at {reading / 1e9:.0f} GB/s, {args.rounds} rounds\n")
     print(f"{'phase':<24} {'ours':>9} {'paper':>9} {'ratio':>6} {'limit':>9} {'of it':>6}     (units a second)")
     results = {}
-    for (name, which), taken in median.items():
-        if which == "paper" and name != "rollout steps":
-            continue
-        paper = median.get((name, "paper"), median[("rollout steps", "paper")] if name.startswith("rollout") else None)
-        ours = taken if which == "ours" else None
-        row = {"ours": ours and 1 / ours, "paper": paper and 1 / paper, "ratio": ours and paper and paper / ours,
-               "limit": 1 / limits[name] if name in limits else None, "of_limit": limits[name] / ours if name in limits else None}
-        if which == "ours":
-            results[name] = row
-            cells = [f"{row[key]:9.1f}" if row[key] else " " * 9 for key in ("ours", "paper")]
-            print(f"{name:<24} {cells[0]} {cells[1]} " + (f"{row['ratio']:5.1f}x" if row["ratio"] else " " * 6)
-                  + (f" {row['limit']:9.0f} {row['of_limit']:6.0%}" if row["limit"] else ""))
+    for name in [name for name, which in median if which == "ours"]:
+        ours, paper = median[name, "ours"], median.get((name, "paper"))
+        if name.startswith("rollout"):
+            paper = median["rollout steps", "paper"]
+        row = results[name] = {"ours": 1 / ours, "paper": paper and 1 / paper, "ratio": paper and paper / ours,
+                               "limit": name in limits and 1 / limits[name], "of_limit": name in limits and limits[name] / ours}
+        print(f"{name:<24} {row['ours']:9.1f} " + (f"{row['paper']:9.1f} {row['ratio']:5.1f}x" if paper else " " * 16)
+              + (f" {row['limit']:9.0f} {row['of_limit']:6.0%}" if row["limit"] else ""))
     share = median[("pictures", "ours")] / median[("rollout steps, 64 envs", "ours")]
     jobs = {}
     for which, sft_time, step_time, update_time in (
@@ -396,7 +399,7 @@ def main():
     print(f"\npictures (drawing, shrinking, normalising) are {share:.0%} of a rollout at 64 environments")
     for which, job in jobs.items():
         print(f"whole job from these rates, {which:<5}: {totals[which]:7.0f} s = " + " + ".join(f"{phase} {t:.0f} s" for phase, t in job.items()))
-    print(f"ratio {totals['paper'] / totals['ours']:.1f}x; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+    print(f"ratio {totals['paper'] / totals['ours']:.1f}x; peak memory {peak:.2f} GiB")
     if args.json:
         args.json.write_text(json.dumps({"phases": results, "job_seconds": jobs, "pictures_share": share, "matrix_flops": rate}, indent=1))
 
