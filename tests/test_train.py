@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,11 +371,26 @@ def test_a_model_that_never_acts_does_not_break_training(stops_at_once, tmp_path
     assert all(torch.isfinite(torch.tensor(row[key])) for row in rl for key in ("policy_loss", "value_loss", "grad_norm"))
 
 
+def two_processes(script, out):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "--env", "blackjack",
+                           "--out", out, *QUICK], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
 def test_two_processes_train_one_policy(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
-    done = subprocess.run([*command, "--env", "blackjack", "--out", str(tmp_path / "run"), *QUICK], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = two_processes(train.__file__, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert [row["env_steps"] for row in rl] == [16, 32] and all(row["first_ratio_error"] < 1e-4 for row in rl)
     assert done.stdout.count("run: ") == 1 and (tmp_path / "run/value_head.safetensors").exists()
+
+
+def test_a_process_that_dies_ends_the_run_with_a_line(tmp_path):
+    (tmp_path / "dies.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import train
+if train.RANK == 1:
+    train.sum_gradients = lambda parameters: os._exit(1)
+train.main()""")
+    done = two_processes(tmp_path / "dies.py", tmp_path / "run")
+    assert done.returncode and done.stderr.count("process 0: another one died") == 1 and "--resume" in done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
