@@ -147,6 +147,9 @@ class VLMPolicy(nn.Module):
         forbidden[list(self.eos)] = 0
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
         self.shifting = [m for m in model.modules() if hasattr(m, "rope_deltas")]
+        self.keep, layers = None, getattr(model.get_decoder(), "layers", [None])
+        if mlp := getattr(layers[-1], "mlp", None):
+            mlp.forward = partial(self._only_what_is_read, mlp.forward)
         self.read = {}  # prompt -> its part of `Answer.inputs`, where pictures do not change it
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
 
@@ -157,6 +160,19 @@ class VLMPolicy(nn.Module):
 
     def _keep_hidden(self, module, args):
         self.hidden = args[0]
+
+    def _only_what_is_read(self, mlp, x):
+        """The last layer's MLP, for the places that `forward` keeps: nothing reads it at the others, most of a prompt."""
+        keep = self.keep or x.shape[1]
+        return nn.functional.pad(mlp(x[:, -keep:]), (0, 0, max(x.shape[1] - keep, 0), 0))
+
+    def forward(self, batch, keep, **kwargs):
+        """Run the model on a batch that `collate` made; logits (N, keep, vocabulary) of the last `keep` places."""
+        self.keep = None if self.checkpointed else keep  # what is computed again in the backward pass comes later
+        try:
+            return self.model(**batch, logits_to_keep=keep, **kwargs)
+        finally:
+            self.keep = None
 
     def add_lora(self, rank, alpha):
         """Freeze the model and put a fresh LoRA on all linear layers of vision tower, projector and language model."""
@@ -281,7 +297,7 @@ class VLMPolicy(nn.Module):
     @torch.no_grad()
     def value(self, images, prompts):
         """V(o, v_in) of N states, shape (N,)."""
-        self.model(**self.collate(self.encode(images, prompts)), use_cache=False, logits_to_keep=1)
+        self(self.collate(self.encode(images, prompts)), 1, use_cache=False)
         return self.value_of_last_token()
 
     @torch.no_grad()
@@ -302,7 +318,7 @@ class VLMPolicy(nn.Module):
         n, mask = len(batch["input_ids"]), batch["attention_mask"]
         cache = DynamicCache(config=self.model.config.get_text_config())
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        output = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self(batch, 1, past_key_values=cache, use_cache=True)
         values = self.value_of_last_token().tolist()
         # Where a picture takes fewer positions than tokens (Qwen), the model knows by how many and forgets to use it.
         shift = next((m.rope_deltas for m in self.shifting if m.rope_deltas is not None), None)
@@ -330,8 +346,8 @@ class VLMPolicy(nn.Module):
             # Three coordinates a token, the same for text.
             place = mask.sum(1, keepdim=True) - 1
             places = {} if shift is None else {"position_ids": (place + shift).expand(3, -1, -1)}
-            output = self.model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values,
-                                use_cache=True, **places)
+            output = self({"input_ids": token, "attention_mask": mask}, 1,
+                          past_key_values=output.past_key_values, use_cache=True, **places)
         lengths[lengths == 0] = self.max_new_tokens
         return tokens, logps, lengths, values
 
@@ -349,7 +365,7 @@ class VLMPolicy(nn.Module):
             layer.training = torch.is_grad_enabled()
         # Logits for the answer only; the first kept place is the prompt's last token, which the value head reads.
         with self.merged():
-            logits = self.model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
+            logits = self(batch, tokens.shape[1] + 1, use_cache=False).logits[:, :-1]
         for layer in self.checkpointed:
             layer.training = False
         logp_all = self.log_probs(logits)

@@ -130,14 +130,16 @@ def flops_per_sample(policy, answers):
     (`inputs`), what the gradient of all weights does (`weights`) and of an adapter's alone (`adapter`).
 
     A linear layer of m x n weights takes 2 m n a token, a convolution of patches as much a patch; attention 4 T D a token and
-    layer (scores and mixing, T the length), half of it where it is causal; the language head only reads the answer's tokens.
+    layer (scores and mixing, T the length), half of it where it is causal; the last MLP and the language head only read the
+    answer's tokens.
     A and B of rank r take 4 r (m + n) a token: their gradients are two thin products each.
     """
     prompt, length = answers[0].inputs["input_ids"].shape[1], statistics.mean(len(a.tokens) for a in answers)
     counted = dict.fromkeys(("forward", "inputs", "weights", "adapter"), 0.0)
+    text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
     for name, module in policy.model.named_modules():
         tokens = (patches(policy) if "vision" in name or "projector" in name or "connector" in name
-                  else length + 1 if "lm_head" in name else prompt + length)
+                  else length + 1 if "lm_head" in name or f"layers.{text.num_hidden_layers - 1}.mlp" in name else prompt + length)
         if "lora_A" in name and isinstance(module, torch.nn.Linear):
             layer = policy.model.get_submodule(name.split(".lora_A")[0])
             counted["adapter"] += 4 * module.out_features * (layer.in_features + layer.out_features) * tokens
@@ -146,7 +148,6 @@ def flops_per_sample(policy, answers):
             counted["forward"] += work
             counted["weights"] += work
             counted["inputs"] += work * isinstance(module, torch.nn.Linear)  # nothing lies below the patches
-    text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
     attention = text.num_hidden_layers * 2 * (prompt + length) ** 2 * text.hidden_size
     attention += vision.num_hidden_layers * 4 * patches(policy) ** 2 * vision.hidden_size
     return {key: work + attention * (2 if key == "inputs" else key == "forward") for key, work in counted.items()}

@@ -118,6 +118,16 @@ def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(poli
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
+def test_the_last_mlp_is_computed_only_where_it_is_read(policy):
+    batch, seen = policy.collate([answer.inputs for answer in demonstrations(policy, "points24")]), []
+    linear = policy.model.get_decoder().layers[-1].mlp.up_proj
+    hook = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    whole, kept, again = policy.model(**batch).logits, policy(batch, 3).logits, policy.model(**batch).logits
+    hook.remove()
+    assert seen == [whole.shape[1], 3, whole.shape[1]] and torch.equal(whole, again)
+    torch.testing.assert_close(kept, whole[:, -3:], atol=1e-4, rtol=0)
+
+
 def test_gradients_through_merged_weights_are_those_of_the_adapter(policy, monkeypatch):
     answers, gradients = demonstrations(policy, "blackjack"), []
     for merged in (policy.merged, nullcontext):
