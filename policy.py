@@ -148,7 +148,7 @@ class VLMPolicy(nn.Module):
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
         self.shifting = [m for m in model.modules() if hasattr(m, "rope_deltas")]
         self.keep, layers = None, getattr(model.get_decoder(), "layers", [None])
-        if mlp := getattr(layers[-1], "mlp", None):
+        if hasattr(mlp := getattr(layers[-1], "mlp", None), "down_proj"):  # not a mixture of experts
             mlp.forward = partial(self._only_what_is_read, mlp.forward)
         self.read = {}  # prompt -> its part of `Answer.inputs`, where pictures do not change it
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
@@ -162,7 +162,7 @@ class VLMPolicy(nn.Module):
         self.hidden = args[0]
 
     def _only_what_is_read(self, mlp, x):
-        """The last layer's MLP, for the places that `forward` keeps: nothing reads it at the others, most of a prompt."""
+        """The last layer's MLP, for the places that `forward` keeps: nothing reads it at the others."""
         keep = self.keep or x.shape[1]
         return nn.functional.pad(mlp(x[:, -keep:]), (0, 0, max(x.shape[1] - keep, 0), 0))
 
