@@ -225,22 +225,21 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
 
 
-def recognition_table(runs, trials, seed=0, num_envs=64, policies=("untrained", "sft", "rl")):
-    """Does RL improve seeing? `recognition` of finished runs of one task, before SFT, after it and after RL.
+def recognition_table(runs, name, load, trials, seed=0, num_envs=64):
+    """Does RL improve seeing? `recognition` on the task `name` of finished runs, before SFT, after it and after RL.
 
-    Returns (dict of policy -> list of each run's shares, Markdown table of their means in percent).
+    load: function (run, which) -> (policy, configuration), as `train.load_run`. Returns (dict of policy -> list of each
+    run's shares, Markdown table of their means in percent).
     """
     import torch
 
-    import train
-
-    shares = {which: [] for which in policies}
-    for which, run in itertools.product(policies, runs):
-        policy, config = train.load_run(run, which)
+    shares = {which: [] for which in ("untrained", "sft", "rl")}
+    for which, run in itertools.product(shares, runs):
+        policy, config = load(run, which)
         torch.manual_seed(seed)
-        shares[which].append(recognition(policy, config.env, trials, seed, num_envs, config.prompt, config.obs))
-    fields = list(shares[policies[0]][0])
-    lines = [f"| {config.env}, {trials} answers of each run | {' | '.join(fields)} |", "|---" * (len(fields) + 1) + "|"]
+        shares[which].append(recognition(policy, name, trials, seed, num_envs, config.prompt, config.obs))
+    fields = list(shares["rl"][0])
+    lines = [f"| {name}, {trials} answers of each run | {' | '.join(fields)} |", "|---" * (len(fields) + 1) + "|"]
     for which, each in shares.items():
         cells = [f"{100 * np.mean([run[field] for run in each]):.1f} %" for field in fields]
         lines.append(f"| {which} | {' | '.join(cells)} |")
@@ -336,44 +335,54 @@ def main():
     add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
         help="of --api-base: file for all answers, each paid for once")
     add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--trust-remote-code", action="store_true", help="run Python code that the model brings along")
     args = parser.parse_args()
+    if sum(map(bool, (args.api_base, args.model, args.run, args.policy in ("random", "expert")))) != 1:
+        parser.error("name one of --run, --model, --api-base, or --policy random or expert: whom to evaluate")
+    if not args.run and not args.env:
+        parser.error("--env is needed, where no run tells it")
+    if args.run and len(args.run) > 1 and (args.policy or not args.recognition):
+        parser.error("several runs are for --recognition without --policy")
+    if args.gif and (args.recognition or not (args.run or args.model)):
+        parser.error("--gif is for the games of a --run or --model")
     episodes, policy, style, obs = getattr(args, "episodes", 4 if args.gif else 1000), None, "full", "image"
     if args.api_base:
-        if not args.env or not args.api_model or not args.api_base.startswith(("http://", "https://")):
-            parser.error("--api-base URL needs --api-model NAME and --env")
+        if not args.api_model or not args.api_base.startswith(("http://", "https://")):
+            parser.error("--api-base needs a URL, and --api-model NAME")
         args.policy = f"api:{args.api_model}"
         try:
             policy = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
         except (OSError, ValueError) as error:
             parser.error(f"cannot use --cache {args.cache}: {error}")
     elif args.policy in ("random", "expert"):
-        if not args.env or args.recognition:
-            parser.error(f"--policy {args.policy} " + ("has nothing to read" if args.recognition else "needs --env"))
-    elif not args.run and not (args.model and args.env):
-        parser.error("name a run with --run, --env and --model, or --env with --policy random or expert")
+        if args.recognition:
+            parser.error(f"--policy {args.policy} has nothing to read")
     else:
         import torch
 
         import train  # loading a model takes seconds: only where one is needed
 
-        try:
-            if args.recognition and args.run and not args.policy:
-                shares, text = recognition_table(args.run, args.trials, args.seed, args.num_envs)
-                return print(json.dumps(shares) if args.json else text)
-            if args.model:
-                args.policy = args.model
-                _, config, _ = train.parse_args(["--env", args.env, "--model", args.model])
-                policy = train.build_policy(config)
-            else:
-                args.policy = args.policy or "rl"
-                policy, config = train.load_run(args.run[0], args.policy)
-        except (OSError, ValueError, KeyError) as error:
-            what = f"--model {args.model}" if args.model else f"the run in {args.run[0]}"
-            parser.error(f"cannot load {what}: {str(error).splitlines()[0]}")
-        torch.manual_seed(args.seed)
+        def load(run, which):
+            try:
+                if args.model:
+                    trust = ["--trust-remote-code"] * args.trust_remote_code
+                    _, config, _ = train.parse_args(["--env", args.env, "--model", args.model, *trust])
+                    return train.build_policy(config), config
+                return train.load_run(run, which, args.trust_remote_code)
+            except (OSError, ValueError, KeyError, TypeError, torch.OutOfMemoryError) as error:
+                parser.error(f"cannot load {args.model or run}: {str(error).splitlines()[0]}")
+
+        run, *_ = args.run or [None]
+        table_of_all = args.recognition and args.run and not args.policy
+        args.policy = args.model or args.policy or "rl"
+        policy, config = load(run, args.policy)
         args.env, style, obs = args.env or config.env, config.prompt, config.obs
         if args.env not in env.GAMES:
-            parser.error(f"{args.run[0]} plays several tasks: name one of {args.env} with --env")
+            parser.error(f"{run} plays several tasks: name one of {args.env} with --env")
+        if table_of_all:
+            shares, text = recognition_table(args.run, args.env, load, args.trials, args.seed, args.num_envs)
+            return print(json.dumps(shares) if args.json else text)
+        torch.manual_seed(args.seed)
     rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
     given = {"random": random_agent(rng), "expert": expert_agent}
     agent = model_agent(policy, rng, style) if policy else given[args.policy]

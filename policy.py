@@ -167,7 +167,7 @@ class VLMPolicy(nn.Module):
         return nn.functional.pad(mlp(x[:, -keep:]), (0, 0, max(x.shape[1] - keep, 0), 0))
 
     def forward(self, batch, keep, **kwargs):
-        """Run the model on a batch that `collate` made; logits (N, keep, vocabulary) of the last `keep` places."""
+        """Run the model on a batch that `collate` made; the output's `logits` (N, keep, vocabulary) are of the end."""
         self.keep = None if self.checkpointed else keep  # what is computed again in the backward pass comes later
         try:
             return self.model(**batch, logits_to_keep=keep, **kwargs)
@@ -188,18 +188,18 @@ class VLMPolicy(nn.Module):
         """
         exact = self.model.dtype == torch.float32 and not (self.checkpointed and torch.is_grad_enabled())
         layers = [m for m in self.model.modules() if exact and isinstance(m, LoraLinear) and not m.disable_adapters
-                  and m.base_layer.weight.is_floating_point()]  # not packed in four bits
-        for layer in layers:
-            weight, bias, (name,) = layer.base_layer.weight, layer.base_layer.bias, layer.active_adapters
-            a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-            total = torch.addmm(weight.detach(), b.detach(), a.detach(), alpha=scale)
-            # A function in the object's dictionary hides the method of its class.
-            vars(layer)["forward"] = partial(LoRAProduct.apply, total, bias, a, b, scale)
+                  and type(m.base_layer) is nn.Linear]  # not packed in four bits
         try:
+            for layer in layers:
+                weight, bias, (name,) = layer.base_layer.weight, layer.base_layer.bias, layer.active_adapters
+                a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+                total = torch.addmm(weight.detach(), b.detach(), a.detach(), alpha=scale)
+                # A function in the object's dictionary hides the method of its class.
+                vars(layer)["forward"] = partial(LoRAProduct.apply, total, bias, a, b, scale)
             yield
         finally:
             for layer in layers:
-                del vars(layer)["forward"]
+                vars(layer).pop("forward", None)
 
     def merge_lora(self):
         """Add the adapter to the weights below it, for good: the SFT of a large model ends so."""

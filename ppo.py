@@ -161,7 +161,7 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
             (loss.sum() / (len(batch) * world_size())).backward()
             ratio_error = terms.pop("ratio_error").max().item()
             if not history and not skipped:
-                first_ratio_error = max(first_ratio_error, ratio_error)
+                first_ratio_error = max(ratio_error, first_ratio_error)  # in this order NaN stays
             stats = {key: stats.get(key, 0.0) + x.sum().item() / len(batch) for key, x in terms.items()}
         sum_gradients(parameters)
         means = gather(torch.tensor([list(stats.values())])).reshape(-1, len(stats)).mean(0).tolist()

@@ -12,7 +12,9 @@ value_head.safetensors and curve.png. `python eval.py --run DIR` evaluates it ag
 """
 import argparse
 import atexit
+import gc
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -70,7 +72,8 @@ SETTINGS = {
                 "the picture; marked, with boxes and labels around what matters; or text in the prompt instead"),
         "image_tiles": (["one", "anyres"], "one", "one", "of LLaVA-1.6: one, as in the paper, or the library's"),
         "device": (["cuda", "mps", "cpu"], BEST_DEVICE, "cpu", "of the model; the embedded one is too small for a GPU"),
-        "dtype": (["bfloat16", "float32"], "bfloat16", "float32", "of the base weights; off cuda always float32"),
+        "dtype": (["bfloat16", "float32"], "bfloat16", "float32",
+                  "of the base weights, off cuda float32 if left out; adapter and value head are always float32"),
         "alfworld": (["text", "thor"], "text", "text",
                      "its engine: text, with drawings, or the simulator thor (ai2thor, a display, the data set)"),
         "trust_remote_code": (switch, False, False, "run Python code that a model brings along"),
@@ -142,9 +145,13 @@ def complete(config):
     return defaults | config
 
 
-def read_config(directory):
-    """The configuration of the run in `directory`. Raises OSError, ValueError or KeyError where there is none."""
-    return argparse.Namespace(**complete(json.loads((directory / "config.json").read_text())))
+def read_config(directory, trust_remote_code=False):
+    """The configuration of the run in `directory`; whether to trust code is for the caller to say, not for a file.
+
+    Raises OSError, ValueError, KeyError or TypeError where there is none.
+    """
+    config = complete(json.loads((directory / "config.json").read_text()))
+    return argparse.Namespace(**config | {"trust_remote_code": trust_remote_code})
 
 
 def make_parser():
@@ -175,8 +182,8 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))
     if directory := given.pop("resume", None):
         try:
-            config = read_config(directory)
-        except (OSError, ValueError, KeyError):
+            config = read_config(directory, given.pop("trust_remote_code", False))
+        except (OSError, ValueError, KeyError, TypeError):
             parser.error(f"{directory} holds no run (no config.json that can be read)")
         for name, value in given.items():
             kept = (vars(config) | {"out": directory}).get(name)
@@ -184,13 +191,17 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept}: leave it out, "
                              "or begin a new run")
         return parser, config, directory
-    out, _, _, _ = (given.pop(name, None) for name in ("out", "sweep", "seeds", "quick"))
+    out, axes, seeds, quick = (given.pop(name, None) for name in ("out", "sweep", "seeds", "quick"))
+    if (seeds or quick) and not axes:
+        parser.error("--seeds and --quick belong to --sweep; one run has one --seed")
     if not set(given.get("env", "").split(",")) <= set(env.GAMES):
         parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
     preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
     config = argparse.Namespace(**complete({"preset": preset} | given))
     if config.policy == "cnn" and config.env not in prompts.CARD_TASKS:
         parser.error(f"--policy cnn has one fixed list of actions: --env is one of {', '.join(prompts.CARD_TASKS)}")
+    if config.device != "cpu" and not getattr(torch, config.device).is_available():
+        parser.error(f"--device {config.device} is not there, or this build of PyTorch cannot use it")
     if config.quantize and (config.device != "cuda" or config.model == "tiny" or not find_spec("bitsandbytes")):
         parser.error("--quantize 4bit is for large models on --device cuda, and needs pip install bitsandbytes")
     if config.rollout_steps % config.num_envs:
@@ -419,6 +430,7 @@ class Run:
             self.track = tracker(config, out)
             self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
             self.metrics.truncate(found[1]["metrics"])  # what came after the checkpoint will come again
+            self.metrics.seek(0, os.SEEK_END)  # truncating leaves `tell` where it was
             self.rows = read_metrics(out)
             self.began -= self.rows[-1]["seconds"] if self.rows else 0
         if RANKS > 1:
@@ -489,6 +501,8 @@ class Run:
         if len(self.state["ranks"]) != RANKS:
             raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
         state, tensors, moments = self.state["ranks"][RANK], load_file(self.file), {}
+        if "torch" not in state or torch.cuda.is_available() != bool(state["cuda"]):
+            raise Refused(f"{self.file} is of another version of this code, or of a machine with other devices")
         for key in [key for key in tensors if key.startswith("optimizer.")]:
             _, i, name = key.split(".")
             moments.setdefault(int(i), {})[name] = tensors.pop(key)
@@ -531,9 +545,10 @@ def tracker(config, out):
 
 def sft_cache(config, out):
     """Where its SFT weights are kept: the name is a digest of every setting and line of code that they depend on."""
-    names = ["env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize", *SETTINGS["SFT"]]
-    names += ["lora_rank", "lora_alpha"] if config.sft_lora else []
-    content = hashlib.sha256(json.dumps([getattr(config, name) for name in names]).encode())
+    names = ["env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize", "alfworld"]
+    names += [*SETTINGS["SFT"], *(("lora_rank", "lora_alpha") if config.sft_lora else ())]
+    settings = [getattr(config, name) for name in names] + [RANKS, os.environ.get("ALFWORLD_DATA")]
+    content = hashlib.sha256(json.dumps(settings).encode() + inspect.getsource(sft).encode())
     for file in ("env.py", "prompts.py", "policy.py"):
         content.update((Path(__file__).parent / file).read_bytes())
     return out.parent / "sft-cache" / f"{config.env}-{content.hexdigest()[:12]}"
@@ -544,8 +559,10 @@ def build_policy(config, weights=None):
 
     Chooses ALFWorld's engine, too. Raises OSError or ValueError where a task or the model cannot be made.
     """
-    if config.alfworld == "thor":
-        env.register(env.ALFWorldThorEnv)
+    gc.collect()  # of a model before, which its own hooks refer to
+    engine = env.ALFWorldThorEnv if config.alfworld == "thor" else env.ALFWorldEnv
+    if env.GAMES["alfworld"] is not engine:
+        env.register(engine)
     for name in config.env.split(","):
         gymnasium.make(env.env_id(name)).close()
     torch.manual_seed(config.seed)
@@ -585,7 +602,9 @@ def memory_plan(policy, config):
     # A layer keeps about 34 values a token and unit of width, or its input alone; the float32 logits are there thrice.
     kept = 34 + 2 * layers if config.gradient_checkpointing else 34 * layers
     activations = tokens * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12
-    parts = {"weights": model.get_memory_footprint(), "adapter and optimiser": 16 * trained,
+    # In float32 the adapter is added to a copy of the weights.
+    merged = 4 * sum(module.weight.numel() for module in linear) if model.dtype == torch.float32 else 0
+    parts = {"weights": model.get_memory_footprint() + merged, "adapter and optimiser": 16 * trained,
              "cache": config.num_envs // RANKS * tokens * layers * heads * head_size * 2 * size,
              "activations": config.microbatch * activations}
     parts = {name: count / 1e9 for name, count in parts.items()}
@@ -593,12 +612,12 @@ def memory_plan(policy, config):
     return parts["weights"] + parts["adapter and optimiser"] + max(parts["activations"], parts["cache"]), parts
 
 
-def load_run(directory, which="rl"):
+def load_run(directory, which="rl", trust_remote_code=False):
     """(policy, configuration) of a finished run; which: "rl", "sft" for the policy before PPO, or "untrained".
 
-    Raises OSError or ValueError where the directory holds no finished run.
+    Raises OSError, ValueError, KeyError or TypeError where the directory holds no finished run.
     """
-    config = read_config(directory)
+    config = read_config(directory, trust_remote_code)
     if which == "sft" and config.policy == "cnn":
         raise ValueError("a CNN has no SFT")
     policy = build_policy(config, directory / "sft" if which != "untrained" else None)
@@ -659,20 +678,24 @@ def sweep(argv):
     given = parser.parse_args(argv)
     if "out" not in given:
         parser.error("--sweep needs --out")
-    quick = "--sft-steps 20 --env-steps 512 --eval-episodes 50".split() if "quick" in given else []
+    quick = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50".split() if "quick" in given else []
     axes = [axis.partition("=") for axis in given.sweep]
     settings = [(flag, value) for flag, _, values in axes for value in values.split(",")]
     seeds, runs = getattr(given, "seeds", "0"), {}  # runs: name of a setting -> `summary` of each seed
     for (flag, value), seed in itertools.product(settings, seeds.split(",")):
         folder = given.out / f"{flag}-{value}-seed{seed}"
-        _, config, _ = parse_args([*argv, *quick, f"--{flag}", value, "--seed", seed])
-        if (folder / "config.json").exists() and read_config(folder) != config:
+        _, config, _ = parse_args([*quick, *argv, f"--{flag}", value, "--seed", seed])
+        if (folder / "config.json").exists() and read_config(folder, config.trust_remote_code) != config:
             parser.error(f"{folder} has other settings: choose another --out")
         if not (folder / "curve.png").exists():
             launch(parser, config, folder)
+        if RANK:
+            continue  # the first process alone has results
         for task in config.env.split(","):
             name = task if flag == "env" else f"{task}, {flag} {value}"
             runs.setdefault(name, []).append(summary(read_metrics(folder), task))
+    if RANK:
+        return
     players = [name for name in REFERENCES if any(name in run for summaries in runs.values() for run in summaries)]
     text = f"| | {' | '.join(players)} | RL: illegal | paper, 7B, other pictures |\n{'|---' * (len(players) + 3)}|\n"
     for name, summaries in runs.items():
@@ -763,20 +786,24 @@ def launch(parser, config, out):
     """Train in the directory `out`, or go on there; what a user can mend ends in one line and exit code 2."""
     if (out / "curve.png").exists():
         parser.error(f"{out} holds a finished run: begin a new one with another --out")
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # whose random state checkpoints keep
     if RANKS > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # rollouts are gathered on the CPU
         dist.init_process_group(backend, timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
     weights = next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None)
+    advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
+              "or --max-new-tokens")
     try:
         policy = build_policy(config, weights)
+    except torch.OutOfMemoryError:
+        parser.error(f"the weights do not fit into the memory of {config.device}: {advice}")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         parser.error(f"cannot play --env {config.env} with --model {weights or config.model}: {reason}")
     needed, parts = memory_plan(policy, config)
     there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
-    advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
-              "or --max-new-tokens")
     if needed > there / 1e9:
         parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: {advice}")
     try:
@@ -800,14 +827,14 @@ def launch(parser, config, out):
     except RuntimeError as error:
         if RANKS == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        parser.error(f"process {RANK}: another one died, which ends the run")
+        parser.error(f"process {RANK}: another one died, which ends the run ({str(error).splitlines()[0]})")
     except FloatingPointError as error:
         parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    return sweep(argv) if "--sweep" in argv else launch(*parse_args(argv))
+    return sweep(argv) if "sweep" in make_parser().parse_args(argv) else launch(*parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def paper_model(config, rounds, file):
         result[f"{n} environments"] = row | {"of the limit": row["tokens a second"] / row["limit"]}
         print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:6.2f} steps/s, prompts read in {prefill:.2f} s, then {row['tokens a second']:6.0f} "
               f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.0f}", flush=True)
-    optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0), 0.0
+    optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True), 0.0
     flops = flops_per_sample(policy, answers)
     work = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]  # forward, and once more for the checkpoints
     limit = matrix_rate(policy, int(4 * (prompt + 100))) / work

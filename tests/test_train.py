@@ -20,6 +20,7 @@ import env
 import eval as evaluation
 import prompts
 import train
+from policy import CNNPolicy
 
 torch.set_num_threads(1)
 QUICK = ["--sft-steps", "3", "--sft-batch", "8", "--env-steps", "32", "--rollout-steps", "16", "--num-envs", "8", "--minibatch", "8",
@@ -231,7 +232,7 @@ def test_wilson_interval():
 @pytest.mark.parametrize("flags", [
     ["--env", "chess"], ["--cot-scale", "2"], ["--cot-scale", "nan"], ["--cot-scale", "x"], ["--num-envs", "0"], ["--env-steps", "-5"],
     ["--lr", "0"], ["--minibatch", "x"], ["--rollout-steps", "100"], ["--env-steps", "100"], ["--model", "no/such-model"], ["--out", "/proc/none"],
-    ["--lora-rank", "0"], ["--quantize", "4bit"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
+    ["--lora-rank", "0"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
     ["--num-envs", "99999999", "--rollout-steps", "99999999", "--env-steps", "99999999"]])
 def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
     base = {"--env": "blackjack", "--out": str(tmp_path / "run")} | dict(zip(flags[::2], flags[1::2]))
@@ -243,7 +244,8 @@ def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--run", "/no/such/dir"], [], ["--policy", "random"], ["--env", "blackjack", "--policy", "x"], ["--episodes", "0"],
-                                   ["--model", "tiny"], ["--env", "blackjack", "--model", "/no/such/model"]])
+                                   ["--model", "tiny"], ["--env", "blackjack", "--model", "/no/such/model"],
+                                   ["--env", "blackjack", "--policy", "expert", "--gif", "x.gif"], ["--run", "a", "b"], ["--run", "a", "--model", "tiny"]])
 def test_eval_bad_flags(flags, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["eval.py", *flags])
     with pytest.raises(SystemExit) as stop:
@@ -334,6 +336,20 @@ def test_a_directory_has_one_run_at_a_time(tmp_path, capsys):
     stopped_run(tmp_path / "run")
     with FileLock(tmp_path / "run" / ".lock"):
         assert "another process" in error_line(capsys, "--resume", tmp_path / "run")
+
+
+def test_metrics_end_where_the_checkpoint_says_however_often_a_run_goes_on(tmp_path):
+    config = Namespace(env="blackjack", preset="tiny")
+    policy = CNNPolicy(("+", "-"))
+    optimizer = torch.optim.Adam(policy.parameters())
+    with train.Run(tmp_path, config) as run:
+        run.log(stage="sft", step=1)
+        run.checkpoint("sft", 1, policy, optimizer, step=1)
+        run.log(stage="sft", step=2)  # comes after the checkpoint: it will come again
+    for index in (2, 3):
+        with train.Run(tmp_path, config) as run:
+            run.checkpoint("sft", index, policy, optimizer, step=index)  # before anything is logged
+            assert [row["step"] for row in run.rows] == [1]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys, monkeypatch):
