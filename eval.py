@@ -362,32 +362,34 @@ def main():
 
         import train  # loading a model takes seconds: only where one is needed
 
-        def load(run, which):
+        def load(source, function, *given):
             try:
-                if args.model:
-                    trust = ["--trust-remote-code"] * args.trust_remote_code
-                    _, config, _ = train.parse_args(["--env", args.env, "--model", args.model, *trust])
-                    return train.build_policy(config), config
-                return train.load_run(run, which, args.trust_remote_code)
+                return function(*given)
             except (OSError, ValueError, KeyError, TypeError, torch.OutOfMemoryError) as error:
-                parser.error(f"cannot load {args.model or run}: {str(error).splitlines()[0]}")
+                parser.error(f"cannot load {source}: {str(error).splitlines()[0]}")
 
-        run, *_ = args.run or [None]
-        table_of_all = args.recognition and args.run and not args.policy
-        args.policy = args.model or args.policy or "rl"
-        policy, config = load(run, args.policy)
+        def load_run(run, which):
+            return load(run, train.load_run, run, which, args.trust_remote_code)
+
+        if args.model:
+            trust = ["--trust-remote-code"] * args.trust_remote_code
+            _, config, _ = train.parse_args(["--env", args.env, "--model", args.model, *trust])
+        else:
+            config = load(args.run[0], train.read_config, args.run[0])
         args.env, style, obs = args.env or config.env, config.prompt, config.obs
         if args.env not in env.GAMES:
-            parser.error(f"{run} plays several tasks: name one of {args.env} with --env")
-        if table_of_all:
-            shares, text = recognition_table(args.run, args.env, load, args.trials, args.seed, args.num_envs)
+            parser.error(f"{args.run[0]} plays several tasks: name one of {args.env} with --env")
+        if args.recognition and args.run and not args.policy:
+            shares, text = recognition_table(args.run, args.env, load_run, args.trials, args.seed, args.num_envs)
             return print(json.dumps(shares) if args.json else text)
+        args.policy = args.model or args.policy or "rl"
+        policy = load(args.model, train.build_policy, config) if args.model else load_run(args.run[0], args.policy)[0]
         torch.manual_seed(args.seed)
     rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
     given = {"random": random_agent(rng), "expert": expert_agent}
     agent = model_agent(policy, rng, style) if policy else given[args.policy]
     try:
-        if args.gif and policy:
+        if args.gif:
             return animate(policy, args.env, episodes, args.seed, args.gif, style, obs)
         if args.recognition:
             shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs, style, obs)
