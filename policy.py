@@ -11,7 +11,6 @@ dropout in either, both mask the same tokens, and log-probabilities are float32 
 `python policy.py` lets the model answer one picture.
 """
 import bisect
-import os
 import sys
 import warnings
 from collections import Counter
@@ -24,26 +23,24 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# peft asks by the old name
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-from huggingface_hub.utils.logging import set_verbosity_error  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (  # noqa: E402
+from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
+from transformers import (
     AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,
     LlavaForConditionalGeneration, LlavaProcessor)
-from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from prompts import action_start, corpus  # noqa: E402
+from prompts import action_start, corpus
 
-set_verbosity_error()  # five retries where the hub cannot be reached: the error at the end says it
+set_verbosity_error()  # what the library notes on loading is no error: an unused weight, an old name
+quiet_hub()  # five retries where the hub cannot be reached: the error at the end says it
 disable_progress_bar()  # "Loading weights" and "Writing model shards" of a four-megabyte model
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's old name
 
 
 @dataclass
@@ -135,8 +132,13 @@ class VLMPolicy(nn.Module):
         # most of a hidden state is the same for all pictures, and what differs is too faint for the head to find.
         self.value_head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, 1024), nn.ReLU(),
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device).eval()
-        # The language head's input is the last hidden state, whatever the model family calls it.
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)
+        # In bfloat16 logits have 8 bits, and at a low temperature their rounding alone takes ratios past the clip range:
+        # the head, which is not trained beyond SFT, is float32. (A new tensor: the old one may be the embeddings', too.)
+        head = model.get_output_embeddings()
+        if head.weight.dtype != torch.float32:
+            head.weight = nn.Parameter(head.weight.float(), requires_grad=False)
+        # Its input is the last hidden state, whatever the model family calls it.
+        head.register_forward_pre_hook(self._keep_hidden)
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos, self.tokenizer.eos_token_id]) - {None}
         # A sampled image placeholder would crash the next forward pass: no special token but the end may be
@@ -155,11 +157,12 @@ class VLMPolicy(nn.Module):
 
     def checkpoint_gradients(self):
         """Trade time for memory: keep no activations inside the layers. (`evaluate` puts them into training mode.)"""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.activation_checkpointing_enable()
         self.checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def _keep_hidden(self, module, args):
-        self.hidden = args[0]
+        self.hidden = args[0].float()
+        return self.hidden
 
     def _only_what_is_read(self, mlp, x):
         """The last layer's MLP, for the places that `forward` keeps: nothing reads it at the others."""
@@ -282,7 +285,7 @@ class VLMPolicy(nn.Module):
         return torch.log_softmax(logits.float() / self.temperature + self.forbidden, -1)
 
     def value_of_last_token(self):
-        return self.value_head(self.hidden[:, 0].float()).squeeze(-1)
+        return self.value_head(self.hidden[:, 0]).squeeze(-1)
 
     @torch.no_grad()
     def standardise(self, answers, microbatch=64):
@@ -290,7 +293,7 @@ class VLMPolicy(nn.Module):
         hidden = []
         for i in range(0, len(answers), microbatch):
             self.evaluate(answers[i: i + microbatch])
-            hidden.append(self.hidden[:, 0].float())
+            hidden.append(self.hidden[:, 0])
         norm = self.value_head[0]
         norm.running_var, norm.running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
 
@@ -438,12 +441,13 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
         model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
     try:
-        config, processor = (kind.from_pretrained(name, trust_remote_code=trust_remote_code)
-                             for kind in (AutoConfig, AutoProcessor))
+        config, processor = (part.from_pretrained(name, trust_remote_code=trust_remote_code)
+                             for part in (AutoConfig, AutoProcessor))
     except ImportError as error:  # some processors want a package of their own
         raise ValueError(str(error).strip()) from None
     if not getattr(processor, "chat_template", None):
         raise ValueError("its processor has no chat template")
+    kind = AutoModelForImageTextToText
     kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device}, trust_remote_code=trust_remote_code)
     if quantize:
         kwargs["quantization_config"] = BitsAndBytesConfig(
@@ -459,8 +463,11 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
                                   image_mean=images.image_mean, image_std=images.image_std),
             processor.tokenizer, patch_size=config.vision_config.patch_size, chat_template=processor.chat_template,
             vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1)
-        return LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs), processor
-    return AutoModelForImageTextToText.from_pretrained(name, **kwargs), processor
+        kind, kwargs["config"] = LlavaForConditionalGeneration, config
+    model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+    if report["missing_keys"]:  # the library would make them up
+        raise ValueError(f"its weights lack {min(report['missing_keys'])}")
+    return model, processor
 
 
 CHAT_TEMPLATE = (

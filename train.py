@@ -204,6 +204,8 @@ def parse_args(argv=None):
         parser.error(f"--device {config.device} is not there, or this build of PyTorch cannot use it")
     if config.quantize and (config.device != "cuda" or config.model == "tiny" or not find_spec("bitsandbytes")):
         parser.error("--quantize 4bit is for large models on --device cuda, and needs pip install bitsandbytes")
+    if config.dtype == "bfloat16" and not config.sft_lora and config.policy == "vlm":
+        parser.error("--dtype bfloat16 needs --sft-lora: steps of SFT are smaller than what its weights are rounded to")
     if config.rollout_steps % config.num_envs:
         parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of --num-envs {config.num_envs}")
     if config.env_steps < config.rollout_steps:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -236,6 +237,19 @@ def test_no_special_token_but_the_end_can_be_sampled(policy):
     assert {i for i in policy.tokenizer.all_special_ids if possible[i]} == policy.eos and possible.sum() > 100
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])  # Gemma's embeddings are its head's weights
+def test_in_bfloat16_log_probabilities_are_not_rounded(family, checkpoints):
+    policy = VLMPolicy(*load_model(str(checkpoints(family)), dtype=torch.bfloat16), temperature=0.2, max_new_tokens=4)
+    policy.add_lora(4, 8)
+    head = policy.model.get_output_embeddings().weight
+    assert head.dtype == torch.float32 and not head.requires_grad
+    assert policy.model.get_input_embeddings().weight.dtype == policy.model.dtype == torch.bfloat16
+    answers = policy.act(*states()[:2])
+    scores = policy.evaluate(answers[:1])  # hidden: of the prompt's last token and of the answer's
+    exact = torch.log_softmax(policy.hidden[0].double() @ head.double().T / 0.2 + policy.forbidden, -1)[:-1]
+    torch.testing.assert_close(scores.logps[0].double(), exact[range(4), answers[0].tokens], atol=1e-5, rtol=0)
+
+
 def test_gradient_checkpointing_changes_no_gradient(checkpoints):
     def gradients(checkpointed):
         policy = VLMPolicy(*load_model(str(checkpoints("llava"))))
@@ -281,7 +295,7 @@ def test_a_whole_run_with_another_model(family, checkpoints, tmp_path, capsys):
     torch.testing.assert_close(policy.evaluate(answers).logp_action, again.evaluate(answers).logp_action)
 
 
-@pytest.mark.parametrize("what", ["no weights", "no chat template", "text only", "nothing", "no package"])
+@pytest.mark.parametrize("what", ["no weights", "too few weights", "no chat template", "text only", "nothing", "no package"])
 def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     if what == "nothing":
@@ -295,7 +309,10 @@ def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, t
         monkeypatch.setattr(policies.AutoProcessor, "from_pretrained", Mock(side_effect=ImportError("\nIts videos want a package.\n")))
     else:
         shutil.copytree(checkpoints("llava"), folder)
-        for file in folder.glob("*.safetensors" if what == "no weights" else "chat_template*"):
+        if what == "too few weights":
+            file = folder / "model.safetensors"
+            save_file({name: x for name, x in load_file(file).items() if "projector" not in name}, file, {"format": "pt"})
+        for file in () if what == "too few weights" else folder.glob("*.safetensors" if what == "no weights" else "chat_template*"):
             file.unlink()
     with pytest.raises(SystemExit) as stop:
         train.main(["--env", "blackjack", "--model", str(folder), "--out", str(tmp_path / "run")])

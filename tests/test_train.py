@@ -232,7 +232,7 @@ def test_wilson_interval():
 @pytest.mark.parametrize("flags", [
     ["--env", "chess"], ["--cot-scale", "2"], ["--cot-scale", "nan"], ["--cot-scale", "x"], ["--num-envs", "0"], ["--env-steps", "-5"],
     ["--lr", "0"], ["--minibatch", "x"], ["--rollout-steps", "100"], ["--env-steps", "100"], ["--model", "no/such-model"], ["--out", "/proc/none"],
-    ["--lora-rank", "0"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
+    ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
     ["--num-envs", "99999999", "--rollout-steps", "99999999", "--env-steps", "99999999"]])
 def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
     base = {"--env": "blackjack", "--out": str(tmp_path / "run")} | dict(zip(flags[::2], flags[1::2]))
