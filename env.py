@@ -93,10 +93,8 @@ def card_picture(card, width):
         rank, suit = card[:-1], card[-1]
         color = "#c8102e" if suit in "HD" else INK
         # A large rank over a large suit: what a card needs to be read at a third of its size.
-        digits = [(0.5, rank)] if rank != "10" else [(0.27, "1"), (0.65, "0")]
-        for x, digit in digits:
-            draw.text((x * w, 0.45 * w), digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=s,
-                      stroke_fill=color)
+        for x, digit in [(0.27, "1"), (0.65, "0")] if rank == "10" else [(0.5, rank)]:
+            draw.text((x * w, 0.45 * w), digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=s)
         r = 0.26 * w  # the suit is 2 r wide
         draw_shape(draw, SUIT_SHAPES[suit], w / 2 - r, 1.12 * w - r, r / 100, {"c": color})
     else:
@@ -219,7 +217,6 @@ class Game(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
     name: str       # of the task, a key of GAMES
     actions: tuple  # of str
-    space = gym.spaces.Discrete  # of the indices into them
     illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
     evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
     marks = ()       # what matters in the last picture: pairs of a label and a box (left, top, right, bottom)
@@ -227,7 +224,7 @@ class Game(gym.Env):
     def __init__(self, render_mode=None, obs="image"):
         self.render_mode, self.obs = render_mode, obs
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
-        self.action_space = self.space(len(self.actions))
+        self.action_space = gym.spaces.Discrete(len(self.actions))
         self.fixed = {*vars(self), "fixed", "spec", "marks"}  # the rest belongs to the episode
         self.over = True
 
@@ -251,9 +248,8 @@ class Game(gym.Env):
         return self.render(), float(reward), terminated, truncated, self._info()
 
     def _info(self):
-        info = {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(),
-                "success": bool(self.over and self.episode_return > 0)}
-        return info | self.state()
+        return {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(),
+                "success": bool(self.over and self.episode_return > 0), **self.state()}
 
     def render(self):
         if self.obs == "text":
@@ -661,19 +657,6 @@ def built_in_game(split, kind, number):
                 "mrecep_target": "", "object_sliced": False}})
 
 
-class LegalIndices(gym.spaces.Discrete):
-    """Indices into a list of legal actions that changes: those below `legal`, of at most `n`."""
-    legal = 1
-
-    def contains(self, x):
-        return super().contains(x) and x < self.legal
-
-    def sample(self, mask=None, probability=None):
-        if mask is not None or probability is not None:
-            return super().sample(mask, probability)
-        return self.np_random.integers(self.legal)
-
-
 class ALFWorldEnv(Game):
     """Household tasks in ALFWorld's text engine: find things, clean, heat or cool them, put them somewhere.
 
@@ -685,7 +668,7 @@ class ALFWorldEnv(Game):
     in front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from
     the expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
     """
-    name, actions, space = "alfworld", ("",) * 256, LegalIndices  # at most so many actions; they change
+    name, actions = "alfworld", ("",) * 256  # at most so many actions; they change
     illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
     games = {"train": 500, "unseen": 50}  # built-in games a type of task
 
@@ -695,15 +678,15 @@ class ALFWorldEnv(Game):
             raise ValueError(f"split {split!r} is not one of {', '.join(splits)}"
                              + " (without ALFWORLD_DATA)" * (not data))
         self.split, self.data = split, data and Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
-        self.names = data_set(self.data) if data else {
-            kind: [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS}
+        self.names = data_set(self.data) if data else [
+            [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS]  # a list for each type
         alfworld_engine()
         super().__init__(render_mode, obs)
 
     def deal(self):
-        kinds, solvable = [names for names in self.names.values() if names], False
+        solvable = False
         while not solvable:  # a few games of the data set are not, and say so
-            names = kinds[self.np_random.integers(len(kinds))]
+            names = self.names[self.np_random.integers(len(self.names))]
             self.game, self.played = names[self.np_random.integers(len(names))], []
             solvable = self._load(self.game)[0].get("solvable", True)
         self._begin(*self._load(self.game))
@@ -772,8 +755,6 @@ class ALFWorldEnv(Game):
             self._facts.setdefault(fact.name, set()).add(names)
         self._where = dict(sorted(self._facts.get("inreceptacle", ())))  # object -> receptacle
         self._carried = next((o for _, o in self._facts.get("holds", ())), "")
-        spots = {l for _, l in self._facts["atlocation"]}
-        self._here = {r for r, l in self._facts["receptacleatlocation"] if l in spots}
         if self._place and not self._shut(self._place):
             self._seen.add(self._place)
         self._won = bool(self._state.check_goal())
@@ -786,7 +767,7 @@ class ALFWorldEnv(Game):
             noise = action.name in ("look", "inventory", "help", "examineobject")
             if not noise and command not in (f"go to {self._place}", f"examine {self._place}"):
                 self._commands[command] = action
-        self.action_space.legal = len(self._commands)
+        self.action_space.n = len(self.legal_actions())
 
     def _is(self, fact, name):
         return (name,) in self._facts.get(fact, ())
@@ -804,10 +785,9 @@ class ALFWorldEnv(Game):
         if self._kind == "light":
             lit = any(kind_of(o) == self._goal and self._is("istoggled", o) for o in self._held_in(self._place))
             return ((self._carried in targets) + lit) / 2
-        if self._kind == "two":
-            return min(max(Counter(self._where[o] for o in placed).values(), default=0), 2) / 2
-        if self._kind == "pick":
-            return float(bool(placed))
+        if self._kind in ("pick", "two"):
+            wanted = 1 + (self._kind == "two")  # in the same receptacle
+            return min(max(Counter(self._where[o] for o in placed).values(), default=0), wanted) / wanted
         changed = [o for o in targets if self._is(CHANGES[self._kind][0], o)]
         return (bool(placed) + bool(changed) + bool({*placed} & {*changed})) / 3
 
@@ -836,6 +816,7 @@ class ALFWorldEnv(Game):
         goals = [r for r in self._receptacles if kind_of(r) == goal]
         known = [o for o, r in self._where.items() if r in seen]
         targets = [o for o in known if kind_of(o) == target]
+        undone = {o for o in [*targets, carried] if change and not self._is(change, o)}
 
         def fit(receptacle, what):
             return (kind_of(receptacle) + "type", kind_of(what) + "type") in self._facts["cancontain"]
@@ -843,16 +824,13 @@ class ALFWorldEnv(Game):
         def at(receptacle, command):
             """Go there, open it, then play `command`."""
             if self._place != receptacle:
-                return f"{'examine' if receptacle in self._here else 'go to'} {receptacle}"
+                return f"{'examine' if f'examine {receptacle}' in self._commands else 'go to'} {receptacle}"
             opens = self._shut(receptacle) and not command.startswith(("heat", "cool"))
             return f"open {receptacle}" if opens else command
 
         def find(what):
             unseen = sorted((r for r in self._receptacles if r not in seen), key=lambda r: (not fit(r, what), r))
             return f"find {'an' if what[0] in 'aeiou' else 'a'} {what}", at(unseen[0], "") if unseen else ""
-
-        def done(o):
-            return not change or self._is(change, o)
 
         # Two objects go into the same receptacle: the one that holds most of them.
         spot = max(goals, key=lambda r: sum(self._where[o] == r for o in targets), default="")
@@ -864,16 +842,15 @@ class ALFWorldEnv(Game):
             lamp = next((o for o in known if kind_of(o) == goal), "")
             look = f"look at the {target} under the {goal}"
             return (look, at(self._where[lamp], f"use {lamp}")) if lamp else find(goal)
-        if carried and not done(carried):
+        if carried and carried in undone:
             tool = next((r for r in self._receptacles if kind_of(r) == appliance), "")
             return f"{kind} the {target}", at(tool, f"{kind} {carried} with {tool}")
         if carried:
             return f"put the {target} in the {goal}", at(spot, f"move {carried} to {spot}")
-        spots = [] if kind == "light" else [spot] if kind == "two" else goals
-        wanted = [o for o in targets if not done(o) or self._where[o] not in spots]
+        wanted = [o for o in targets if o in undone or self._where[o] not in ([spot] if kind == "two" else goals)]
         if not wanted:
             return find(target)
-        thing = min(wanted, key=lambda o: (not done(o), self._where[o] != self._place, o))
+        thing = min(wanted, key=lambda o: (o in undone, self._where[o] != self._place, o))
         return f"take the {target}", at(self._where[thing], f"take {thing} from {self._where[thing]}")
 
     # -- the picture: five by five cells of 60 pixels, a patch of the embedded model each
@@ -932,11 +909,8 @@ class ALFWorldEnv(Game):
             x, y, seen = i % columns * size, 180 + i // columns * size, name in self._seen
             held = self._held_in(name) if seen else []  # as last seen: nobody else moves things
             kinds = {*map(kind_of, held)}
-            color = "#fffdf2" if seen else "#87909a"
-            if self._target in kinds and kind_of(name) != self._goal:
-                color = "#f7cf4a"
-            elif self._goal in kinds:
-                color = "#9ad29c"
+            color = ("#f7cf4a" if self._target in kinds and kind_of(name) != self._goal else
+                     "#9ad29c" if self._goal in kinds else "#fffdf2" if seen else "#87909a")
             cell(x, y, color, size, size, "#e0261c" if name == place else None)
             put(name, x + size // 10, y + size // 10, size * 8 // 15)
             if columns == 4:
@@ -961,7 +935,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
     """
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
-        self.names = {"of all types": sorted(self.engine.json_file_list)}
+        self.names = [sorted(self.engine.json_file_list)]
         Game.__init__(self, render_mode, obs)
 
     def _load(self, name):
@@ -984,7 +958,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
         if task := re.search(r"Your task is to: (.*?)\.?$", self._said):
             self._task = task[1]
         self._commands = sorted({*self._infos["admissible_commands"][0]} - {"look", "inventory", "help"})
-        self.action_space.legal = len(self._commands)
+        self.action_space.n = len(self.legal_actions())
 
     def _rate(self):
         return float(self._infos["goal_condition_success_rate"][0])
@@ -1032,14 +1006,13 @@ def kind_of(name):
 
 @lru_cache(maxsize=8)
 def data_set(folder):
-    """The games of a split of ALFWorld's data set, as a dict type of task -> tuple of folders (str) below `folder`."""
+    """The games of a split of ALFWorld's data set: for each type of task a list of folders (str) below `folder`."""
     # ALFWorld leaves out the same ones: its text engine knows no things in movable things, and its expert no slices.
     found = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/game.tw-pddl"))
-    games = {kind: tuple(f for f in found if f.startswith(task + "-") and "Sliced" not in f)
-             for kind, task in ALFRED_TASKS.items()}
-    if not any(games.values()):
+    games = [[f for f in found if f.startswith(task + "-") and "Sliced" not in f] for task in ALFRED_TASKS.values()]
+    if not any(games):
         raise ValueError(f"{folder} holds no ALFWorld games: run alfworld-download, or unset ALFWORLD_DATA")
-    return games
+    return [names for names in games if names]
 
 
 @lru_cache(maxsize=512)
@@ -1100,7 +1073,8 @@ def env_id(name):
     return f"GymCards/{GAMES[name].__name__.removesuffix('Env')}-v0"
 
 
-for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldEnv):
+# Where two have one name, the last is its default.
+for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldThorEnv, ALFWorldEnv):
     register(game)
 
 

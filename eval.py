@@ -5,7 +5,6 @@
 
 An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
 """
-import argparse
 import base64
 import hashlib
 import io
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -64,32 +64,8 @@ class ApiModel:
     tries, max_bytes, max_characters = 6, 1_000_000, 10_000
 
     def __init__(self, base, name, key, cache, max_requests=math.inf, timeout=60, wait=time.sleep):
-        import httpx2
-        from huggingface_hub import InferenceClient, set_client_factory
-
-        def bound(response):
-            """A body that is too long, or drips in for longer than the time-out, is given up."""
-            body, began = response.stream, time.monotonic()
-
-            class Bounded(httpx2.SyncByteStream):
-                def __iter__(self):
-                    size = 0
-                    for chunk in body:
-                        size += len(chunk)
-                        if size > ApiModel.max_bytes:
-                            raise ValueError("too long")
-                        if time.monotonic() - began > timeout:
-                            raise httpx2.ReadTimeout("too slow")
-                        yield chunk
-
-                def close(self):
-                    body.close()
-
-            response.stream = Bounded()
-
-        set_client_factory(lambda: httpx2.Client(event_hooks={"response": [bound]}))
-        # Without a key of its own the client would send the user's Hugging Face token to a stranger.
-        self.client = InferenceClient(base_url=base, api_key=key or "none", timeout=timeout)
+        self.client = httpx2.Client(timeout=timeout, headers={"Authorization": f"Bearer {key or 'none'}"})
+        self.url = f"{base.rstrip('/')}/chat/completions"
         self.base, self.name, self.key, self.max_requests, self.wait = base, name, key, max_requests, wait
         self.requests, self.asked, self.lock, self.known = 0, Counter(), threading.Lock(), {}
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -119,28 +95,32 @@ class ApiModel:
         return self.known[key]
 
     def _ask(self, image, prompt):
-        import httpx2
-        from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
-
         Image.fromarray(image).save(picture := io.BytesIO(), "PNG")
         url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
+        question = {"model": self.name, "messages": [{"role": "user", "content": content}], "max_tokens": 512}
         for attempt in range(self.tries):
             with self.lock:
                 if self.requests >= self.max_requests:
                     raise ApiError(f"--max-requests {self.max_requests} are spent; the same line goes on from there")
                 self.requests += 1
             try:
-                reply = self.client.chat_completion(messages, model=self.name, max_tokens=512)
-                return str(reply.choices[0].message.content or "")[:self.max_characters]
-            except (InferenceTimeoutError, httpx2.TransportError) as error:
-                reason = type(error).__name__
-            except HfHubHTTPError as error:
-                reason = f"{error.response.status_code} {error.response.text}"
-                if error.response.status_code < 500 and error.response.status_code not in (408, 429):
+                with self.client.stream("POST", self.url, json=question) as response:
+                    body, began = b"", time.monotonic()
+                    for chunk in response.iter_bytes():
+                        body += chunk
+                        if len(body) > self.max_bytes:
+                            return ""
+                        if time.monotonic() - began > self.client.timeout.read:  # it drips in
+                            raise httpx2.ReadTimeout("too slow")
+                if response.is_success:
+                    return str(json.loads(body)["choices"][0]["message"]["content"] or "")[:self.max_characters]
+                reason = f"{response.status_code} {body.decode(errors='replace')}"
+                if response.status_code < 500 and response.status_code not in (408, 429):
                     break
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            except httpx2.TransportError as error:
+                reason = type(error).__name__
+            except (ValueError, TypeError, LookupError, RecursionError):
                 return ""
             self.wait(2 ** attempt)
         reason = reason.replace(self.key, "(key)") if self.key else reason
@@ -165,8 +145,7 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
     """
     began, n, first = time.time(), min(num_envs, episodes), EVAL_SEEDS * (seed + 1)
     games, seeds = env.Games(name, n, first, obs, evaluation=True), itertools.count(first + n)
-    started, active = n, np.ones(n, bool)
-    returns, lengths, illegal = np.zeros(n), np.zeros(n, int), 0
+    active, returns, lengths, illegal = np.ones(n, bool), np.zeros(n), np.zeros(n, int), 0
     finished = []  # (success, return, length, type of task) of each episode
     with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
         while active.any():
@@ -184,8 +163,7 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
                 finished.append((info["success"], returns[i], lengths[i], info.get("task_type")))
                 bar.update()
                 returns[i] = lengths[i] = 0
-                active[i] = started < episodes  # else its place is played on, but not counted
-                started += 1
+                active[i] = n + len(finished) <= episodes  # else its place is played on, but not counted
     success, returns, lengths, kinds = map(np.array, zip(*finished))
     types = {kind: [float(success[kinds == kind].mean()), int((kinds == kind).sum())]
              for kind in sorted({*kinds.tolist()} - {None})}
@@ -210,40 +188,27 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
     and "all" for the share of answers right in every field.
     """
-    rng, fields, right = np.random.default_rng(seed), prompts.TASKS[name].fields, []
-    games = env.Games(name, min(num_envs, trials), EVAL_SEEDS * (seed + 1), obs, evaluation=True)
-    with tqdm(total=trials, desc="recognition", unit="answer", disable=None, leave=False) as bar:
-        while len(right) < trials:
-            answers = policy.act(games.images, [prompts.build_prompt(info, style) for info in games.infos])
-            for answer, info in zip(answers, games.infos):
-                said = read_fields(answer.text)
-                right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
-            bar.update(len(answers))
-            games.step([env.expert_action(info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
-                        for info in games.infos])
+    rng, fields, right, n = np.random.default_rng(seed), prompts.TASKS[name].fields, [], min(num_envs, trials)
+    games = env.Games(name, n, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
+    for _ in tqdm(range(0, trials, n), "recognition", unit="step", disable=None, leave=False):
+        answers = policy.act(games.images, [prompts.build_prompt(info, style) for info in games.infos])
+        for answer, info in zip(answers, games.infos):
+            said = read_fields(answer.text)
+            right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
+        games.step([env.expert_action(info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
+                    for info in games.infos])
     right = np.array(right[:trials])
     return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
 
 
-def recognition_table(runs, name, load, trials, seed=0, num_envs=64):
-    """Does RL improve seeing? `recognition` on the task `name` of finished runs, before SFT, after it and after RL.
-
-    load: function (run, which) -> (policy, configuration), as `train.load_run`. Returns (dict of policy -> list of each
-    run's shares, Markdown table of their means in percent).
-    """
-    import torch
-
-    shares = {which: [] for which in ("untrained", "sft", "rl")}
-    for which, run in itertools.product(shares, runs):
-        policy, config = load(run, which)
-        torch.manual_seed(seed)
-        shares[which].append(recognition(policy, name, trials, seed, num_envs, config.prompt, config.obs))
-    fields = list(shares["rl"][0])
+def recognition_table(name, trials, shares):
+    """A Markdown table of means in percent; shares: policy -> what `recognition` returned for each of its runs."""
+    fields = list(next(iter(shares.values()))[0])
     lines = [f"| {name}, {trials} answers of each run | {' | '.join(fields)} |", "|---" * (len(fields) + 1) + "|"]
-    for which, each in shares.items():
-        cells = [f"{100 * np.mean([run[field] for run in each]):.1f} %" for field in fields]
+    for which, runs in shares.items():
+        cells = [f"{100 * np.mean([run[field] for run in runs]):.1f} %" for field in fields]
         lines.append(f"| {which} | {' | '.join(cells)} |")
-    return shares, "\n".join(lines)
+    return "\n".join(lines)
 
 
 def animate(policy, name, episodes, seed, file, style="full", obs="image"):
@@ -253,7 +218,7 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     A key-state field or thought that is not what an expert would have said of this state is marked red.
     """
     games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True), np.random.default_rng(seed)
-    pictures, durations, total = [], [], 0.0
+    frames, total = [], 0.0  # frames: (picture, milliseconds)
     while episodes:
         info, image = games.infos[0], games.images[0].copy()  # the next step draws over it
         answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
@@ -262,15 +227,14 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
         said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key))
                 for key, value in (read_fields(answer.text) or {"answer": answer.text}).items()}
         notes = [f"value {answer.value:+.2f}"] + [f"no legal action: plays {action}"] * (not was_legal)
-        pictures.append(_frame(image, said, notes))
-        durations.append(1600)
+        frames.append((_frame(image, said, notes), 1600))
         step = games.step([action])
         total += step["rewards"][0]
         if step["terminated"][0] or step["truncated"][0]:
             end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}"
-            pictures.append(_frame(step["last_images"][0], {}, [f"reward {step['rewards'][0]:+.0f}", end]))
-            durations.append(2400)
+            frames.append((_frame(step["last_images"][0], {}, [f"reward {step['rewards'][0]:+.0f}", end]), 2400))
             episodes, total = episodes - 1, 0.0
+    pictures, durations = zip(*frames)
     if file.suffix == ".png":
         width, height = pictures[0].size
         sheet = Image.new("RGB", (2 * width, math.ceil(len(pictures) / 2) * height), "white")
@@ -321,7 +285,7 @@ def main():
     add("--env", choices=env.GAMES, help="the task (default: the run's)")
     add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
         help="whom to evaluate; the last three are a run's (default: rl)")
-    add("--episodes", type=count, help="episodes to play [1000; for --gif 4]", default=argparse.SUPPRESS)
+    add("--episodes", type=count, help="episodes to play [1000; for --gif 4]")
     add("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
     add("--num-envs", type=count, default=64, help="episodes played at a time")
     add("--recognition", action="store_true", help="count instead how often the model reads the picture right; "
@@ -329,7 +293,7 @@ def main():
     add("--trials", type=count, default=1000, help="answers of --recognition")
     add("--gif", type=Path, metavar="FILE",
         help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
-    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint; key in the variable API_KEY")
+    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint; its key in API_KEY")
     add("--api-model", metavar="NAME", help="its name there")
     add("--max-requests", type=count, default=math.inf, help="of --api-base: stop before there are more")
     add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
@@ -337,15 +301,16 @@ def main():
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--trust-remote-code", action="store_true", help="run Python code that the model brings along")
     args = parser.parse_args()
-    if sum(map(bool, (args.api_base, args.model, args.run, args.policy in ("random", "expert")))) != 1:
+    unseeing = args.policy in ("random", "expert")
+    if sum(map(bool, (args.api_base, args.model, args.run, unseeing))) != 1:
         parser.error("name one of --run, --model, --api-base, or --policy random or expert: whom to evaluate")
     if not args.run and not args.env:
         parser.error("--env is needed, where no run tells it")
     if args.run and len(args.run) > 1 and (args.policy or not args.recognition):
         parser.error("several runs are for --recognition without --policy")
-    if args.gif and (args.recognition or not (args.run or args.model)):
-        parser.error("--gif is for the games of a --run or --model")
-    episodes, policy, style, obs = getattr(args, "episodes", 4 if args.gif else 1000), None, "full", "image"
+    if args.recognition and (unseeing or args.gif) or args.gif and not (args.run or args.model):
+        parser.error("--recognition is for what a model reads, --gif for games of a --run or --model")
+    episodes, policy, style, obs = args.episodes or (4 if args.gif else 1000), None, "full", "image"
     if args.api_base:
         if not args.api_model or not args.api_base.startswith(("http://", "https://")):
             parser.error("--api-base needs a URL, and --api-model NAME")
@@ -354,36 +319,36 @@ def main():
             policy = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
         except (OSError, ValueError) as error:
             parser.error(f"cannot use --cache {args.cache}: {error}")
-    elif args.policy in ("random", "expert"):
-        if args.recognition:
-            parser.error(f"--policy {args.policy} has nothing to read")
-    else:
+    elif not unseeing:
         import torch
 
         import train  # loading a model takes seconds: only where one is needed
 
-        def load(source, function, *given):
+        def load(function, *given):
             try:
                 return function(*given)
             except (OSError, ValueError, KeyError, TypeError, torch.OutOfMemoryError) as error:
-                parser.error(f"cannot load {source}: {str(error).splitlines()[0]}")
-
-        def load_run(run, which):
-            return load(run, train.load_run, run, which, args.trust_remote_code)
+                parser.error(f"cannot load {args.model or given[0]}: {str(error).splitlines()[0]}")
 
         if args.model:
             trust = ["--trust-remote-code"] * args.trust_remote_code
             _, config, _ = train.parse_args(["--env", args.env, "--model", args.model, *trust])
         else:
-            config = load(args.run[0], train.read_config, args.run[0])
+            config = load(train.read_config, args.run[0])
         args.env, style, obs = args.env or config.env, config.prompt, config.obs
         if args.env not in env.GAMES:
             parser.error(f"{args.run[0]} plays several tasks: name one of {args.env} with --env")
-        if args.recognition and args.run and not args.policy:
-            shares, text = recognition_table(args.run, args.env, load_run, args.trials, args.seed, args.num_envs)
-            return print(json.dumps(shares) if args.json else text)
+        if args.recognition and args.run and not args.policy:  # does RL improve seeing?
+            shares = {which: [] for which in ("untrained", "sft", "rl")}
+            for which, run in itertools.product(shares, args.run):
+                policy, config = load(train.load_run, run, which, args.trust_remote_code)
+                torch.manual_seed(args.seed)
+                shares[which].append(recognition(
+                    policy, args.env, args.trials, args.seed, args.num_envs, config.prompt, config.obs))
+            return print(json.dumps(shares) if args.json else recognition_table(args.env, args.trials, shares))
         args.policy = args.model or args.policy or "rl"
-        policy = load(args.model, train.build_policy, config) if args.model else load_run(args.run[0], args.policy)[0]
+        policy = (load(train.build_policy, config) if args.model
+                  else load(train.load_run, args.run[0], args.policy, args.trust_remote_code)[0])
         torch.manual_seed(args.seed)
     rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
     given = {"random": random_agent(rng), "expert": expert_agent}
@@ -394,20 +359,15 @@ def main():
         if args.recognition:
             shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs, style, obs)
             result |= {"trials": args.trials, "recognition": shares}
-            lines = [f"{args.env}, {args.policy}, {args.trials} answers"]
-            lines += [f"{field:<10} {share:6.1%}" for field, share in shares.items()]
+            text = recognition_table(args.env, args.trials, {args.policy: [shares]})
         else:
             result |= evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
-            lines = [f"{args.env}, seed {args.seed}", table({args.policy: result})]
-    except (ApiError, ValueError) as error:  # refused by a server, or by an environment that lacks its data
+            text = f"{args.env}, seed {args.seed}\n{table({args.policy: result})}"
+    except (ApiError, OSError, ValueError) as error:  # a server refuses, an environment lacks its data, a disk is full
         parser.error(str(error))
-    except OSError as error:
-        if not args.gif:
-            raise
-        parser.error(f"cannot write {args.gif}: {error.strerror}")
     if args.api_base:
         result["requests"] = policy.requests
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    print(json.dumps(result) if args.json else text)
 
 
 if __name__ == "__main__":

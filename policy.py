@@ -132,11 +132,12 @@ class VLMPolicy(nn.Module):
         # most of a hidden state is the same for all pictures, and what differs is too faint for the head to find.
         self.value_head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, 1024), nn.ReLU(),
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)).to(model.device).eval()
-        # In bfloat16 logits have 8 bits, and at a low temperature their rounding alone takes ratios past the clip range:
-        # the head, which is not trained beyond SFT, is float32. (A new tensor: the old one may be the embeddings', too.)
+        # In bfloat16 a logit has 8 bits, and at a low temperature their rounding alone takes ratios past the clip:
+        # the head, which no adapter changes, is float32 (a new tensor: the old one may be the embeddings' as well).
         head = model.get_output_embeddings()
         if head.weight.dtype != torch.float32:
             head.weight = nn.Parameter(head.weight.float(), requires_grad=False)
+            model.config.tie_word_embeddings = False
         # Its input is the last hidden state, whatever the model family calls it.
         head.register_forward_pre_hook(self._keep_hidden)
         eos = model.generation_config.eos_token_id

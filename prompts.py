@@ -17,7 +17,6 @@ import zlib
 from dataclasses import dataclass
 from typing import Callable
 
-import gymnasium as gym
 import numpy as np
 
 import env
@@ -35,10 +34,6 @@ class Task:
     state: Callable[[dict], str] = lambda info: ""  # what the text tells of this state beside the picture
 
 
-def ranks(cards):
-    return [card[:-1] for card in cards]
-
-
 def points_task(count, target, entries):
     def thoughts(info):
         # The whole plan at every step, split where the formula stands, then the entry that follows from it.
@@ -53,7 +48,7 @@ def points_task(count, target, entries):
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once and equals {target}, "
               f"one entry at a time: a number or one of {entries}. A counts 1; J, Q and K count 10. "
               "The entry = hands it in",
-        fields={"cards": (["rank of each card"], lambda info: ranks(info["cards"])),
+        fields={"cards": (["rank of each card"], lambda info: [card[:-1] for card in info["cards"]]),
                 "formula": ("the formula so far", lambda info: "".join(info["formula"]))},
         thoughts=thoughts,
         state=lambda info: f"Formula so far: {''.join(info['formula'])}\n")
@@ -81,7 +76,7 @@ TASKS = {
         rules="The picture shows a hand of blackjack. Come closer to 21 than the dealer without going over: "
               "hit draws a card and stand ends your turn",
         fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
-                "hand": (["rank of each of your cards"], lambda info: ranks(info["player"]))},
+                "hand": (["rank of each of your cards"], lambda info: [card[:-1] for card in info["player"]])},
         thoughts=blackjack_thoughts),
     # About 560 characters a prompt (1100 in the data set's rooms), half of them rules and form, and 130 an answer.
     "alfworld": Task(
@@ -141,16 +136,14 @@ def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
     """Prompts and answers from random play of the tasks `names`: what the tiny model's tokenizer learns from."""
     rng, texts = np.random.default_rng(seed), []
     for name in names:
-        game = gym.make(env.env_id(name), obs="text")  # draws nothing
+        game = env.GAMES[name](obs="text")  # draws nothing
         for episode in range(episodes):
             _, info = game.reset(seed=seed + episode)
-            over, steps = False, 0
-            while not over and steps < 25:
+            for _ in itertools.takewhile(lambda _: not game.over, range(25)):
                 action = int(rng.integers(len(info["legal_actions"])))
                 texts += [build_prompt(info | {"obs": obs}, style),
                           demonstration(info, info["legal_actions"][action], style)]
-                _, _, terminated, truncated, info = game.step(action)
-                over, steps = terminated or truncated, steps + 1
+                *_, info = game.step(action)
     return texts
 
 
@@ -160,6 +153,8 @@ def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 SPAN = 200  # characters of an answer's value that are looked at; longer than any action
 KEYS = [re.compile(key, re.IGNORECASE) for key in (rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", r"\baction\s{0,9}:")]
+# A quoted value ends at the next quote, a bare one at , } or a line's end.
+VALUE = re.compile(rf"\s*(?:[{QUOTES}]([^{QUOTES}]*)|([^,}}\n]*))")
 
 
 def find_keys(text):
@@ -169,8 +164,7 @@ def find_keys(text):
 
 def action_start(text):
     """Index of the first character of `"action":` in `text`, where the CoT ends; len(text) if there is none."""
-    keys = find_keys(text)
-    return keys[0].start() if keys else len(text)
+    return next((key.start() for key in find_keys(text)), len(text))
 
 
 def parse_action(text, legal_actions, rng):
@@ -182,25 +176,13 @@ def parse_action(text, legal_actions, rng):
     raises; time is linear in the text.
     """
     spans = {text[key.end(): key.end() + SPAN] for key in find_keys(text)}
+    values = {"".join(VALUE.match(span).groups("")).strip().lower() for span in spans}
     names = {action.lower(): action for action in legal_actions}
     # The longest name first, none inside a longer word (10 is not 1), and a sign only where it stands alone.
     name = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" if n[-1:].isalnum() else rf"(?<!\S){re.escape(n)}(?!\S)"
                                for n in sorted(names, key=len, reverse=True)))
-    found = set()
-    for span in spans:
-        value = span.lstrip()
-        if value[:1] and value[0] in QUOTES:  # a quoted value ends at the next quote, a bare one at , } or a line's end
-            value = re.split(rf"[{QUOTES}]", value[1:], maxsplit=1)[0].strip()
-        else:
-            value = re.split(r"[,}\n]", value, maxsplit=1)[0].strip()
-        value = value.lower()
-        if not name.match(value):
-            found = set()
-            break
-        found |= set(name.findall(value))
-        if len(found) > 1:
-            break
-    if len(found) == 1:
+    found = {n for value in values for n in name.findall(value)}
+    if len(found) == 1 and all(map(name.match, values)):
         return names[found.pop()], True
     return legal_actions[int(rng.integers(len(legal_actions)))], False
 
@@ -211,7 +193,7 @@ def main():
     parser.add_argument("--prompt", choices=STYLES, default="full", help="what the prompt asks for and gives away")
     parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the state")
     args = parser.parse_args()
-    _, info = gym.make(env.env_id(args.env)).reset(seed=args.seed)
+    _, info = env.GAMES[args.env]().reset(seed=args.seed)
     answer = demonstration(info, env.expert_action(info), args.prompt)
     at = action_start(answer)
     action, was_legal = parse_action(answer, info["legal_actions"], np.random.default_rng(args.seed))

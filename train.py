@@ -27,7 +27,6 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import psutil
 import torch
@@ -230,12 +229,11 @@ def cosine(step, steps, start, end):
 
 def sft(policy, config, run):
     """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens; from `run`'s checkpoint on."""
-    n, rng = config.sft_batch // RANKS, np.random.default_rng(config.seed + OWN_SEEDS)
+    n, rng, start = config.sft_batch // RANKS, np.random.default_rng(config.seed + OWN_SEEDS), 0
     games = env.Games(config.env, n, config.seed + OWN_SEEDS, config.obs)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
     policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
-    start = 0
     if state := run.restore("sft", policy, optimizer):
         start, rng.bit_generator.state = state["step"], state["rng"]
         games.restore(state["games"])
@@ -263,8 +261,7 @@ def sft(policy, config, run):
         # Of the slips only a quarter is played: where a game is lost, nothing is left to learn.
         moves = [action if slip else env.expert_action(info)
                  for slip, action, info in zip(rng.random(n) < 0.25, actions, infos)]
-        restart = rng.random(n) < config.sft_restart * (1 - step / steps)  # from first states to whole episodes
-        games.step(moves, restart=restart)
+        games.step(moves, restart=rng.random(n) < config.sft_restart * (1 - step / steps))  # first states first
         done = step + 1
         if done % 50 == 0 or done == steps:
             bar.set_postfix(loss=f"{loss:.3f}")
@@ -288,13 +285,6 @@ class Collector:
         self.games = env.Games(config.env, self.n, 1000 + config.seed * config.num_envs + RANK * self.n, config.obs)
         self.returns = np.zeros(self.n)  # so far, of the episodes in play
 
-    def snapshot(self):
-        return {"games": self.games.snapshot(), "returns": self.returns.tolist(), "rng": self.rng.bit_generator.state}
-
-    def restore(self, snapshot):
-        self.games.restore(snapshot["games"])
-        self.returns, self.rng.bit_generator.state = np.array(snapshot["returns"]), snapshot["rng"]
-
     def collect(self, bar):
         """One `Rollout` of rollout_steps, and its statistics: episodes, success_rate, mean_return, illegal_rate."""
         config, answers, rows, episodes, illegal = self.config, [], [], [], 0
@@ -313,10 +303,7 @@ class Collector:
                 pictures = np.stack([step["last_images"][i] for i in cut])
                 next_values[cut] = self.values(pictures, [step["infos"][i] for i in cut])
             answers += batch
-            rows.append(dict(
-                logp_cot=[answer.logp_cot for answer in batch], logp_action=[answer.logp_action for answer in batch],
-                values=[answer.value for answer in batch], next_values=next_values, rewards=rewards,
-                terminated=step["terminated"], truncated=step["truncated"]))
+            rows.append((next_values, rewards, step["terminated"], step["truncated"]))
             illegal, self.returns = illegal + slips.sum(), self.returns + rewards
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.returns[i]))
@@ -324,25 +311,23 @@ class Collector:
             bar.update(config.num_envs)
             if episodes:
                 bar.set_postfix(success=f"{np.mean(episodes, 0)[0]:.1%}")
-        columns = {key: torch.tensor(np.array([row[key] for row in rows])) for key in rows[0]}  # (T, N)
-        rollout = Rollout(answers, **{key: x if x.dtype == torch.bool else x.float() for key, x in columns.items()})
+        scores = torch.tensor([[a.logp_cot, a.logp_action, a.value] for a in answers]).T.reshape(3, -1, self.n)
+        next_values, rewards, *ends = (torch.tensor(np.array(column)) for column in zip(*rows))  # each (T, N)
+        rollout = Rollout(answers, *scores, next_values.float(), rewards.float(), *ends)
         following = torch.cat([rollout.values[1:], self.values(self.games.images, self.games.infos)[None]])
         rollout.next_values = torch.where(rollout.truncated, rollout.next_values, following)
         if config.ratio == "token":
             rollout.logps = pad_sequence([answer.logps.float() for answer in answers], True)
         if config.kl_coef:
-            rollout.sft_logp_cot = self.sft_logp_cot(answers).reshape(rollout.values.shape)
+            # Under the SFT policy: the same weights with the adapter off, no second model.
+            starts, n = range(0, len(answers), config.microbatch), config.microbatch
+            with torch.no_grad(), self.policy.model.disable_adapter():
+                parts = [self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in starts]
+            rollout.sft_logp_cot = torch.cat(parts).reshape(rollout.values.shape)
         totals = torch.tensor([[len(episodes), *np.reshape(episodes, (-1, 2)).sum(0), illegal]], dtype=torch.float64)
         count, success, total, illegal = gather(totals).reshape(RANKS, -1).sum(0)
         return rollout, {"episodes": int(count), "success_rate": (success / count).item(),
                          "mean_return": (total / count).item(), "illegal_rate": illegal.item() / config.rollout_steps}
-
-    @torch.no_grad()
-    def sft_logp_cot(self, answers):
-        """log p(v_tht | o, v_in) under the SFT policy: the same weights with the adapter off, no second model."""
-        starts, n = range(0, len(answers), self.config.microbatch), self.config.microbatch
-        with self.policy.model.disable_adapter():
-            return torch.cat([self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in starts])
 
     def values(self, images, infos):
         return self.policy.value(images, self.prompts(infos)).cpu()
@@ -359,12 +344,14 @@ def reinforce(policy, config, run):
     optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps, fused=True)
     collector, first = Collector(policy, config), 0
     if state := run.restore("rl", policy, optimizer):
-        first = state["update"]
-        collector.restore(state["collector"])
+        first, collector.returns = state["update"], np.array(state["returns"])
+        collector.rng.bit_generator.state = state["rng"]
+        collector.games.restore(state["games"])
 
     def checkpoint(update):
-        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer,
-                       update=update, collector=collector.snapshot())
+        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer, update=update,
+                       returns=collector.returns.tolist(), rng=collector.rng.bit_generator.state,
+                       games=collector.games.snapshot())
 
     if not first:
         checkpoint(0)
@@ -385,10 +372,9 @@ def reinforce(policy, config, run):
                 clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
                 microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
                 target_kl=config.target_kl, kl_coef=config.kl_coef)
-            stats |= {"cot_scale": cot_scale, "lr": lr, "logp_cot": rollout.logp_cot.mean().item(),
-                      "logp_action": rollout.logp_action.mean().item(),
-                      "update_seconds": round(time.time() - collected, 2)}
-            run.log(stage="rl", env_steps=(update + 1) * steps, **stats)
+            run.log(stage="rl", env_steps=(update + 1) * steps, **stats, cot_scale=cot_scale, lr=lr,
+                    logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
+                    update_seconds=round(time.time() - collected, 2))
             say("{:6} steps  success {success_rate:6.1%}  return {mean_return:+6.2f}  illegal {illegal_rate:5.1%}  "
                 "kl {approx_kl:.4f}  clipped {clipfrac:5.1%}  explained {explained_variance:+.2f}  {:4.0f} s".format(
                     (update + 1) * steps, time.time() - began, **stats))
@@ -477,8 +463,8 @@ class Run:
                    if name in trained or "value_head" in name}
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": x for key, x in moments.items()}
-        state["torch"] = torch.get_rng_state().tolist()
-        state["cuda"] = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+        state["torch_rng"] = torch.get_rng_state().tolist()
+        state["cuda_rng"] = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
         everyone = [(self.signal, state)] * RANKS
         if RANKS > 1:
             dist.all_gather_object(everyone, everyone[0])
@@ -503,24 +489,17 @@ class Run:
         if len(self.state["ranks"]) != RANKS:
             raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
         state, tensors, moments = self.state["ranks"][RANK], load_file(self.file), {}
-        if "torch" not in state or torch.cuda.is_available() != bool(state["cuda"]):
+        if "torch_rng" not in state or torch.cuda.is_available() != bool(state["cuda_rng"]):
             raise Refused(f"{self.file} is of another version of this code, or of a machine with other devices")
         for key in [key for key in tensors if key.startswith("optimizer.")]:
             _, i, name = key.split(".")
             moments.setdefault(int(i), {})[name] = tensors.pop(key)
         policy.load_state_dict({key.removeprefix("policy."): x for key, x in tensors.items()}, strict=False)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+            torch.cuda.set_rng_state(torch.tensor(state["cuda_rng"], dtype=torch.uint8))
         return state
-
-    def finish(self, figure):
-        """Write curve.png, which marks the run as finished, and drop the checkpoints."""
-        figure.savefig(self.out / "curve.tmp", dpi=110, format="png")
-        (self.out / "curve.tmp").rename(self.out / "curve.png")
-        for file in self.out.glob(self.pattern):
-            file.unlink()
 
 
 def read_metrics(directory):
@@ -550,10 +529,9 @@ def sft_cache(config, out):
     names = ["env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize", "alfworld"]
     names += [*SETTINGS["SFT"], *(("lora_rank", "lora_alpha") if config.sft_lora else ())]
     settings = [getattr(config, name) for name in names] + [RANKS, os.environ.get("ALFWORLD_DATA")]
-    content = hashlib.sha256(json.dumps(settings).encode() + inspect.getsource(sft).encode())
-    for file in ("env.py", "prompts.py", "policy.py"):
-        content.update((Path(__file__).parent / file).read_bytes())
-    return out.parent / "sft-cache" / f"{config.env}-{content.hexdigest()[:12]}"
+    files = [(Path(__file__).parent / name).read_bytes() for name in ("env.py", "prompts.py", "policy.py")]
+    content = b"".join([json.dumps(settings).encode(), inspect.getsource(sft).encode(), *files])
+    return out.parent / "sft-cache" / f"{config.env}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def build_policy(config, weights=None):
@@ -562,22 +540,21 @@ def build_policy(config, weights=None):
     Chooses ALFWorld's engine, too. Raises OSError or ValueError where a task or the model cannot be made.
     """
     gc.collect()  # of a model before, which its own hooks refer to
-    engine = env.ALFWorldThorEnv if config.alfworld == "thor" else env.ALFWorldEnv
-    if env.GAMES["alfworld"] is not engine:
-        env.register(engine)
-    for name in config.env.split(","):
-        gymnasium.make(env.env_id(name)).close()
+    env.GAMES["alfworld"] = env.ALFWorldThorEnv if config.alfworld == "thor" else env.ALFWorldEnv
+    names, texts = config.env.split(","), None
+    for name in names:
+        env.GAMES[name]()  # raises ValueError where its engine or its data is missing
     torch.manual_seed(config.seed)
     if config.policy == "cnn":
         return CNNPolicy(env.GAMES[config.env].actions, config.temperature).to(config.device)
-    texts, names = None, config.env.split(",")
-    if config.model == "tiny" and not weights:  # what its tokenizer learns from
+    adapter = weights and (weights / "adapter_config.json").exists()
+    source = config.model if adapter or not weights else str(weights)
+    if source == "tiny":  # what its tokenizer learns from
         names = prompts.CARD_TASKS if {*names} <= {*prompts.CARD_TASKS} else names
         texts = prompts.corpus(names, config.prompt, config.obs)
-    adapter = weights and (weights / "adapter_config.json").exists()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
-    model = load_model(config.model if adapter or not weights else str(weights), config.seed, texts, config.image_tiles,
-                       device, getattr(torch, config.dtype), config.quantize, config.trust_remote_code)
+    model = load_model(source, config.seed, texts, config.image_tiles, device, getattr(torch, config.dtype),
+                       config.quantize, config.trust_remote_code)
     policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
     if adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights))
@@ -776,7 +753,11 @@ def train(policy, config, run, weights):
     assess("RL" if language else "CNN + RL")
     assess("expert", expert_agent)
     results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in names}
-    run.finish(plot({"RL, training episodes": [summary(run.rows, config.env)]}))
+    figure = plot({"RL, training episodes": [summary(run.rows, config.env)]})
+    figure.savefig(run.out / "curve.tmp", dpi=110, format="png")
+    (run.out / "curve.tmp").rename(run.out / "curve.png")  # marks the run as finished
+    for file in run.out.glob(run.pattern):
+        file.unlink()
     print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s")
     for task, rows in results.items():
         print(f"\n{task}\n" * (len(results) > 1) + table(rows))
@@ -798,17 +779,14 @@ def launch(parser, config, out):
     advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
               "or --max-new-tokens")
     try:
-        policy = build_policy(config, weights)
-    except torch.OutOfMemoryError:
-        parser.error(f"the weights do not fit into the memory of {config.device}: {advice}")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        parser.error(f"cannot play --env {config.env} with --model {weights or config.model}: {reason}")
-    needed, parts = memory_plan(policy, config)
-    there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
-    if needed > there / 1e9:
-        parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: {advice}")
-    try:
+        try:
+            policy = build_policy(config, weights)
+        except (OSError, ValueError) as error:
+            raise Refused(f"cannot play --env {config.env} with --model {weights or config.model}: {error}") from None
+        needed, parts = memory_plan(policy, config)
+        there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
+        if needed > there / 1e9:
+            parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: {advice}")
         with Run(out, config) as run:
             if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
                 raise Refused(f"{out / 'sft'} is missing")

@@ -10,7 +10,8 @@ of this model's shapes, measured in the same run. Phases alternate between the s
 median counts, so that a noisy machine hits all of them.
 
 `--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width;
-`--model random-llava-1.6-7b` the paper's model on a GPU, with random weights and no download (on a CPU an eighth of its width and depth).
+`--model random-llava-1.6-7b` the paper's model on a GPU, with random weights and no download (on a CPU an eighth of its width and depth,
+or with `--shrink 1 --lora-rank 32` all of it, for which 24 GB and a quarter of an hour are enough).
 """
 import contextlib
 import copy
@@ -238,16 +239,17 @@ def growth(file, rounds):
 # The paper's model
 
 
-def random_llava(config):
-    """A `VLMPolicy` of LLaVA-1.6-7B's architecture, Mistral-7B and CLIP ViT-L/14 at 336 pixels, with random weights; every answer has 100 tokens."""
+def random_llava(config, part):
+    """A `VLMPolicy` of LLaVA-1.6-7B's architecture, Mistral-7B and CLIP ViT-L/14 at 336 pixels, with random weights; every answer has 100 tokens.
+
+    part: what widths and depths are divided by, 1 for bfloat16 and the whole, else float32."""
     threads = torch.get_num_threads()
     from test_models import template, tokenizer
     torch.set_num_threads(threads)  # the tests take one
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, MistralConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    gpu = torch.cuda.is_available()
-    part, device, dtype = (1, "cuda", torch.bfloat16) if gpu else (8, "cpu", torch.float32)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if part == 1 else torch.float32
     words = tokenizer("byte-level", "<image>")
     architecture = LlavaConfig(
         text_config=MistralConfig(vocab_size=32064, hidden_size=4096 // part, intermediate_size=14336 // part, num_hidden_layers=32 // part,
@@ -270,15 +272,19 @@ def random_llava(config):
     return policy
 
 
-def paper_model(config, rounds, file):
+def paper_model(config, rounds, file, part):
     """Print what decoding and updates take, beside their limits, and the hours of the paper's 15,000 steps; write it to `file`."""
-    policy = random_llava(config)
-    device, name = policy.model.device, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, an eighth of width and depth"
+    gpu, config.max_new_tokens = torch.cuda.is_available(), 100
+    policy = random_llava(config, part)
+    device, name = policy.model.device, torch.cuda.get_device_name() if gpu else "CPU"
+    name += f", 1/{part} of width and depth" * (part > 1)
     weights, reading = policy.model.get_memory_footprint(), read_rate(device)
     text = policy.model.config.get_text_config()
     print(f"random-llava-1.6-7b on {name}: {weights / 1e9:.1f} GB of weights, memory read at {reading / 1e9:.0f} GB/s")
     result, step_seconds = {"device": name}, {}
-    sizes = (1, 8, 32, 64) if torch.cuda.is_available() else (1, 4)
+    sizes, microbatches = ((1, 8, 32, 64), (1, 4, 16)) if gpu else ((1, 4) if part > 1 else (1,), (1,))
+    config.num_envs, config.microbatch = sizes[-1], microbatches[-1]
+    planned, _ = train.memory_plan(policy, config)
     for n in sizes:
         games = env.Games(config.env, n, 0)
         asked = [prompts.build_prompt(info) for info in games.infos]
@@ -296,17 +302,17 @@ def paper_model(config, rounds, file):
     flops = flops_per_sample(policy, answers)
     work = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]  # forward, and once more for the checkpoints
     limit = matrix_rate(policy, int(4 * (prompt + 100))) / work
-    for microbatch in (1, 4, 16) if len(sizes) > 2 else (1,):
+    for microbatch in microbatches:
         sample = answers[:16]
         rate = len(sample) / statistics.median(seconds(update, policy, optimizer, sample, microbatch, config)[0] for _ in range(rounds))
         result[f"update, microbatch {microbatch}"], best = {"samples a second": rate, "of the limit": rate / limit}, max(best, rate)
         print(f"update, microbatch {microbatch:2}: {rate:6.2f} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.2f}", flush=True)
     n = min(32, sizes[-1])
     hours = (15_000 * step_seconds[n] + 15_000 * config.epochs / best) / 3600
-    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB")
+    memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB, expected {planned:.1f}")
     if file:
-        file.write_text(json.dumps(result | {"hours": hours, "peak_gb": memory}, indent=1))
+        file.write_text(json.dumps(result | {"hours": hours, "peak_gb": memory, "expected_gb": planned}, indent=1))
 
 
 def update(policy, optimizer, answers, microbatch, config):
@@ -326,6 +332,8 @@ def main():
     parser = env.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--env", choices=env.GAMES, default="blackjack", help="the task")
     parser.add_argument("--model", default="tiny", help="tiny, random-llava-1.6-7b, or a folder with a model")
+    parser.add_argument("--shrink", type=env.positive_int, default=1 if torch.cuda.is_available() else 8, help="divide the sizes of random-llava-1.6-7b by it")
+    parser.add_argument("--lora-rank", type=env.positive_int, default=128, help="of random-llava-1.6-7b")
     parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
     parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -337,7 +345,8 @@ def main():
     preset = "tiny" if args.model == "tiny" else "paper"
     config = argparse_namespace(**train.complete({"preset": preset, "env": args.env, "model": args.model}))
     if args.model == "random-llava-1.6-7b":
-        return paper_model(config, args.rounds, args.json)
+        config.lora_rank = args.lora_rank
+        return paper_model(config, args.rounds, args.json, args.shrink)
     bench = Bench(config)
     policy, longest = bench.policy, 2 * config.max_new_tokens
     sft = {"ours": lambda: bench.sft(32), "paper": lambda: bench.sft(1)}
