@@ -141,11 +141,12 @@ class VLMPolicy(nn.Module):
         # Its input is the last hidden state, whatever the model family calls it.
         head.register_forward_pre_hook(self._keep_hidden)
         eos = model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos, self.tokenizer.eos_token_id]) - {None}
-        # A sampled image placeholder would crash the next forward pass: no special token but the end may be
-        # sampled, nor any row of the vocabulary that the tokenizer does not know.
-        forbidden = torch.zeros(model.get_output_embeddings().out_features)
-        forbidden[list(set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder))] = -torch.inf
+        self.eos = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
+        # A sampled image placeholder would crash the next forward pass: no special token but the end may be sampled,
+        # nor an added one (but Gemma's white space), nor any row of the vocabulary that the tokenizer does not know.
+        forbidden, added = torch.zeros(head.out_features), self.tokenizer.added_tokens_decoder
+        added = {i for i, token in added.items() if token.special or token.content.replace("\u2581", " ").strip()}
+        forbidden[list(set(self.tokenizer.all_special_ids) | added)] = -torch.inf
         forbidden[len(self.tokenizer):] = -torch.inf
         forbidden[list(self.eos)] = 0
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
@@ -216,7 +217,8 @@ class VLMPolicy(nn.Module):
 
     def load(self, directory):
         """Read what `save` wrote. Raises OSError or ValueError where it is not there."""
-        self.model = PeftModel.from_pretrained(self.model, str(directory / "adapter"), is_trainable=True).eval()
+        self.model = PeftModel.from_pretrained(self.model, str(directory / "adapter"), is_trainable=True,
+                                               torch_device=str(self.model.device)).eval()
         self.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
 
     # -- from pictures and texts to tensors -----------------------------------------------------------
@@ -244,6 +246,7 @@ class VLMPolicy(nn.Module):
         bos = self.tokenizer.bos_token
         batch = self.processor(images=[[image] for image in images], text=texts, padding=True, padding_side="left",
                                add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
+        batch = {key: x.to(self.model.dtype) if x.is_floating_point() else x for key, x in batch.items()}
         lengths = batch["attention_mask"].sum(1).tolist()
         # Text tensors lose their padding; of all others (pixels, patch grids, ...) each sample owns an equal part.
         return [{key: x[i: i + 1, -lengths[i]:] if x.shape == batch["input_ids"].shape
@@ -294,7 +297,7 @@ class VLMPolicy(nn.Module):
         hidden = []
         for i in range(0, len(answers), microbatch):
             self.evaluate(answers[i: i + microbatch])
-            hidden.append(self.hidden[:, 0])
+            hidden.append(self.hidden[:, 0].clone())
         norm = self.value_head[0]
         norm.running_var, norm.running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
 
@@ -354,6 +357,16 @@ class VLMPolicy(nn.Module):
                           past_key_values=output.past_key_values, use_cache=True, **places)
         lengths[lengths == 0] = self.max_new_tokens
         return tokens, logps, lengths, values
+
+    @torch.no_grad()
+    def rescore(self, answers, microbatch):
+        """Give `Answer`s the scores of `evaluate`: bfloat16 rounds otherwise in a padded batch with a cache."""
+        for i in range(0, len(answers), microbatch):
+            scores = self.evaluate(batch := answers[i: i + microbatch])
+            numbers = torch.stack([scores.logp_cot, scores.logp_action, scores.value], 1).tolist()
+            for answer, row, logps in zip(batch, numbers, scores.logps.cpu()):
+                answer.logp_cot, answer.logp_action, answer.value = row
+                answer.logps = logps[:len(answer.tokens)].double()
 
     def evaluate(self, answers):
         """Score a list of `Answer` again, each under its own picture and prompt; returns `Scores`."""
@@ -433,10 +446,10 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
                trust_remote_code=False):
     """(model, processor) for `name`: "tiny" (see `build_tiny`), a model of the Hugging Face hub, or a folder with one.
 
-    image_tiles: LLaVA-1.6 cuts pictures into tiles and reads each beside the whole ("anyres"); "one" reads the whole
-    alone, as the paper does: 576 tokens instead of up to 2,880. quantize: "4bit" for base weights in four bits
-    (bitsandbytes, on cuda). Weights are read from safetensors alone; Python code that comes with a model is run only
-    with trust_remote_code. Raises OSError or ValueError.
+    image_tiles: LLaVA-1.6 and Idefics3 cut pictures into tiles and read each beside the whole ("anyres"); "one" reads
+    the whole alone, as the paper does: in LLaVA-1.6 576 tokens instead of up to 2,880. quantize: "4bit" for base
+    weights in four bits (bitsandbytes, on cuda). Weights are read from safetensors alone; Python code that comes with
+    a model is run only with trust_remote_code. Raises OSError or ValueError.
     """
     if name == "tiny":
         model, processor = build_tiny(seed, texts)
@@ -448,6 +461,8 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
         raise ValueError(str(error).strip()) from None
     if not getattr(processor, "chat_template", None):
         raise ValueError("its processor has no chat template")
+    if image_tiles == "one" and getattr(processor.image_processor, "do_image_splitting", False):
+        processor.image_processor.do_image_splitting = False
     kind = AutoModelForImageTextToText
     kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device}, trust_remote_code=trust_remote_code)
     if quantize:

@@ -69,7 +69,7 @@ SETTINGS = {
                    "vision is full, told by the picture, not by the text; chatty is full, with idle words"),
         "obs": (["image", "marked", "text"], "image", "image",
                 "the picture; marked, with boxes and labels around what matters; or text in the prompt instead"),
-        "image_tiles": (["one", "anyres"], "one", "one", "of LLaVA-1.6: one, as in the paper, or the library's"),
+        "image_tiles": (["one", "anyres"], "one", "one", "of LLaVA-1.6, Idefics3: one, as in the paper, or all"),
         "device": (["cuda", "mps", "cpu"], BEST_DEVICE, "cpu", "of the model; the embedded one is too small for a GPU"),
         "dtype": (["bfloat16", "float32"], "bfloat16", "float32",
                   "of the base weights, off cuda float32 if left out; adapter and value head are always float32"),
@@ -246,8 +246,9 @@ def sft(policy, config, run):
                    for noise, info in zip(noisy, infos)]
         answers = policy.demonstrate(games.images, [prompts.build_prompt(info, config.prompt) for info in infos],
                                      [prompts.demonstration(*pair, config.prompt) for pair in zip(infos, actions)])
-        tokens = gather(torch.tensor([float(sum(len(answer.tokens) for answer in answers))])).sum().item()
-        loss = 0.0
+        # Summed over all processes, and so all of them checkpoint at the same step, whichever the signal came to.
+        here = torch.tensor([[sum(len(answer.tokens) for answer in answers), run.signal]], dtype=torch.float64)
+        (tokens, stop), loss = gather(here).reshape(-1, 2).sum(0).tolist(), 0.0
         for i in range(0, n, config.microbatch):
             scores = policy.evaluate(answers[i: i + config.microbatch])
             part = -(scores.logp_cot + scores.logp_action).sum() / tokens
@@ -264,9 +265,10 @@ def sft(policy, config, run):
         games.step(moves, restart=rng.random(n) < config.sft_restart * (1 - step / steps))  # first states first
         done = step + 1
         if done % 50 == 0 or done == steps:
+            loss = gather(torch.tensor([loss])).sum().item()
             bar.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
-        if done % 100 == 0 or done == steps or run.signal:
+        if done % 100 == 0 or done == steps or stop:
             run.checkpoint("sft", done, policy, optimizer,
                            step=done, rng=rng.bit_generator.state, games=games.snapshot())
     policy.temperature = config.temperature
@@ -311,6 +313,8 @@ class Collector:
             bar.update(config.num_envs)
             if episodes:
                 bar.set_postfix(success=f"{np.mean(episodes, 0)[0]:.1%}")
+        if config.dtype == "bfloat16" and config.policy == "vlm":
+            self.policy.rescore(answers, config.microbatch)
         scores = torch.tensor([[a.logp_cot, a.logp_action, a.value] for a in answers]).T.reshape(3, -1, self.n)
         next_values, rewards, *ends = (torch.tensor(np.array(column)) for column in zip(*rows))  # each (T, N)
         rollout = Rollout(answers, *scores, next_values.float(), rewards.float(), *ends)
@@ -438,7 +442,8 @@ class Run:
         self.metrics.close()
         self.lock.release()
         if kind:  # stopped, by a signal or an error
-            print(f"go on with: python train.py --resume {self.out}", file=sys.stderr)
+            program = "python" if RANKS == 1 else "torchrun ..."
+            print(f"go on with: {program} train.py --resume {self.out}", file=sys.stderr)
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -557,7 +562,7 @@ def build_policy(config, weights=None):
                        config.quantize, config.trust_remote_code)
     policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
     if adapter:
-        policy.model = PeftModel.from_pretrained(policy.model, str(weights))
+        policy.model = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
         policy.merge_lora()
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
@@ -578,13 +583,19 @@ def memory_plan(policy, config):
         trained = max(trained, model.num_parameters())
     layers, heads = text.num_hidden_layers, text.num_key_value_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # A layer keeps about 34 values a token and unit of width, or its input alone; the float32 logits are there thrice.
-    kept = 34 + 2 * layers if config.gradient_checkpointing else 34 * layers
-    activations = tokens * text.hidden_size * kept * size + config.max_new_tokens * text.vocab_size * 12
+    # Measured in bfloat16: a layer of width D keeps 36 D values a token (CLIP's 30), with checkpoints its input alone;
+    # the backward pass of one layer needs 24 D beside them. The float32 logits are there thrice.
+    eyes = getattr(model.config, "vision_config", None)
+    kept, seen = 60 + layers, 0
+    if not config.gradient_checkpointing:
+        pixels, patch = inputs[0]["pixel_values"].numel() / 3, np.ravel(getattr(eyes, "patch_size", 14))[0]
+        depth = getattr(eyes, "num_hidden_layers", None) or getattr(eyes, "depth", 24)
+        kept, seen = 24 + 36 * layers, pixels / patch ** 2 * getattr(eyes, "hidden_size", 1024) * 30 * depth
+    activations = (tokens * text.hidden_size * kept + seen) * size + config.max_new_tokens * text.vocab_size * 12
     # In float32 the adapter is added to a copy of the weights.
     merged = 4 * sum(module.weight.numel() for module in linear) if model.dtype == torch.float32 else 0
     parts = {"weights": model.get_memory_footprint() + merged, "adapter and optimiser": 16 * trained,
-             "cache": config.num_envs // RANKS * tokens * layers * heads * head_size * 2 * size,
+             "cache": config.num_envs * tokens * layers * heads * head_size * 2 * size,
              "activations": config.microbatch * activations}
     parts = {name: count / 1e9 for name, count in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts.
@@ -747,11 +758,13 @@ def train(policy, config, run, weights):
     if language:
         policy.add_lora(config.lora_rank, config.lora_alpha)
     reinforce(policy, config, run)
-    if RANK:
-        return None
-    policy.save(run.out)
+    if RANK == 0:
+        policy.save(run.out)
     assess("RL" if language else "CNN + RL")
     assess("expert", expert_agent)
+    gather(torch.zeros(1))  # torchrun gives up a machine whose processes ended five minutes ago, and the run with it
+    if RANK:
+        return None
     results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in names}
     figure = plot({"RL, training episodes": [summary(run.rows, config.env)]})
     figure.savefig(run.out / "curve.tmp", dpi=110, format="png")
@@ -771,11 +784,16 @@ def launch(parser, config, out):
         parser.error(f"{out} holds a finished run: begin a new one with another --out")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # whose random state checkpoints keep
+        # Adapter and head are float32 beside bfloat16: products with 11 bits are five times as fast, and exact enough.
+        torch.set_float32_matmul_precision("high" if config.dtype == "bfloat16" else "highest")
     if RANKS > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # rollouts are gathered on the CPU
         dist.init_process_group(backend, timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
-    weights = next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None)
+    weights = [next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None)]
+    if RANKS > 1:
+        dist.broadcast_object_list(weights)  # one process looks: two might not see the same
+    weights, = weights
     advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
               "or --max-new-tokens")
     try:

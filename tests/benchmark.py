@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -267,14 +268,12 @@ def random_llava(config, part):
     policy = VLMPolicy(model, processor, config.temperature, max_new_tokens=100)
     policy.eos = set()
     policy.forbidden[words.eos_token_id] = -torch.inf
-    policy.add_lora(config.lora_rank, config.lora_alpha)
-    policy.checkpoint_gradients()
     return policy
 
 
 def paper_model(config, rounds, file, part):
     """Print what decoding and updates take, beside their limits, and the hours of the paper's 15,000 steps; write it to `file`."""
-    gpu, config.max_new_tokens = torch.cuda.is_available(), 100
+    gpu, config.max_new_tokens, memory = torch.cuda.is_available(), 100, -psutil.Process().memory_info().rss / 1e9
     policy = random_llava(config, part)
     device, name = policy.model.device, torch.cuda.get_device_name() if gpu else "CPU"
     name += f", 1/{part} of width and depth" * (part > 1)
@@ -285,6 +284,8 @@ def paper_model(config, rounds, file, part):
     sizes, microbatches = ((1, 8, 32, 64), (1, 4, 16)) if gpu else ((1, 4) if part > 1 else (1,), (1,))
     config.num_envs, config.microbatch = sizes[-1], microbatches[-1]
     planned, _ = train.memory_plan(policy, config)
+    policy.checkpoint_gradients()
+    policy.add_lora(config.lora_rank, config.lora_alpha)
     for n in sizes:
         games = env.Games(config.env, n, 0)
         asked = [prompts.build_prompt(info) for info in games.infos]
@@ -296,20 +297,21 @@ def paper_model(config, rounds, file, part):
         step_seconds[n] = act / n
         row = {"steps a second": n / act, "prefill seconds": prefill, "tokens a second": 99 * n / (act - prefill), "limit": n * reading / (weights + cache)}
         result[f"{n} environments"] = row | {"of the limit": row["tokens a second"] / row["limit"]}
-        print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:6.2f} steps/s, prompts read in {prefill:.2f} s, then {row['tokens a second']:6.0f} "
-              f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.0f}", flush=True)
+        print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:.3g} steps/s, prompts read in {prefill:.3g} s, then {row['tokens a second']:.3g} "
+              f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.3g}", flush=True)
     optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True), 0.0
     flops = flops_per_sample(policy, answers)
     work = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]  # forward, and once more for the checkpoints
     limit = matrix_rate(policy, int(4 * (prompt + 100))) / work
     for microbatch in microbatches:
-        sample = answers[:16]
+        sample = (answers * 2)[:16]
         rate = len(sample) / statistics.median(seconds(update, policy, optimizer, sample, microbatch, config)[0] for _ in range(rounds))
         result[f"update, microbatch {microbatch}"], best = {"samples a second": rate, "of the limit": rate / limit}, max(best, rate)
-        print(f"update, microbatch {microbatch:2}: {rate:6.2f} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.2f}", flush=True)
+        print(f"update, microbatch {microbatch:2}: {rate:.3g} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.3g}", flush=True)
     n = min(32, sizes[-1])
     hours = (15_000 * step_seconds[n] + 15_000 * config.epochs / best) / 3600
-    memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # On a CPU without what Python and libraries take.
+    memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else memory + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB, expected {planned:.1f}")
     if file:
         file.write_text(json.dumps(result | {"hours": hours, "peak_gb": memory, "expected_gb": planned}, indent=1))

@@ -410,3 +410,20 @@ train.main()""")
     done = two_processes(tmp_path / "dies.py", tmp_path / "run")
     assert done.returncode and done.stderr.count("process 0: another one died") == 1 and "--resume" in done.stderr
     assert "[rank0]: Traceback" not in done.stderr
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    (tmp_path / "stops.py").write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import train
+total = train.sum_gradients
+def stop(parameters):
+    train.sum_gradients = total
+    total(parameters)
+    os.kill(os.getpid(), signal.SIGTERM)
+if train.RANK == 1:
+    train.sum_gradients = stop
+train.main()""")
+    done = two_processes(tmp_path / "stops.py", tmp_path / "run")
+    assert done.returncode and done.stderr.count("go on with: torchrun ... train.py --resume") == 1 and "]: Traceback" not in done.stderr
+    assert len(list((tmp_path / "run").glob("checkpoint-0000002-*"))) == 1  # the signal of step 1 is known in step 2
