@@ -584,7 +584,7 @@ def memory_plan(policy, config):
     layers, heads = text.num_hidden_layers, text.num_key_value_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Measured in bfloat16: a layer of width D keeps 36 D values a token (CLIP's 30), with checkpoints its input alone;
-    # the backward pass of one layer needs 24 D beside them. The float32 logits are there thrice.
+    # the backward pass of one layer needs 24 D beside them, reading prompts 36 D. The float32 logits are there thrice.
     eyes = getattr(model.config, "vision_config", None)
     kept, seen = 60 + layers, 0
     if not config.gradient_checkpointing:
@@ -595,11 +595,11 @@ def memory_plan(policy, config):
     # In float32 the adapter is added to a copy of the weights.
     merged = 4 * sum(module.weight.numel() for module in linear) if model.dtype == torch.float32 else 0
     parts = {"weights": model.get_memory_footprint() + merged, "adapter and optimiser": 16 * trained,
-             "cache": config.num_envs * tokens * layers * heads * head_size * 2 * size,
-             "activations": config.microbatch * activations}
+             "sampling": config.num_envs * tokens * size * (layers * heads * head_size * 2 + 36 * text.hidden_size),
+             "training": config.microbatch * activations}
     parts = {name: count / 1e9 for name, count in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts.
-    return parts["weights"] + parts["adapter and optimiser"] + max(parts["activations"], parts["cache"]), parts
+    return parts["weights"] + parts["adapter and optimiser"] + max(parts["sampling"], parts["training"]), parts
 
 
 def load_run(directory, which="rl", trust_remote_code=False):

@@ -11,7 +11,8 @@ median counts, so that a noisy machine hits all of them.
 
 `--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width;
 `--model random-llava-1.6-7b` the paper's model on a GPU, with random weights and no download (on a CPU an eighth of its width and depth,
-or with `--shrink 1 --lora-rank 32` all of it, for which 24 GB and a quarter of an hour are enough).
+or with `--shrink 1 --lora-rank 32` all of it, for which 24 GB and a quarter of an hour are enough); with `--plan` only the memory that
+training expects with several flags, computed without any weights.
 """
 import contextlib
 import copy
@@ -240,7 +241,7 @@ def growth(file, rounds):
 # The paper's model
 
 
-def random_llava(config, part):
+def random_llava(config, part, device):
     """A `VLMPolicy` of LLaVA-1.6-7B's architecture, Mistral-7B and CLIP ViT-L/14 at 336 pixels, with random weights; every answer has 100 tokens.
 
     part: what widths and depths are divided by, 1 for bfloat16 and the whole, else float32."""
@@ -250,7 +251,7 @@ def random_llava(config, part):
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, MistralConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if part == 1 else torch.float32
+    dtype = torch.bfloat16 if part == 1 else torch.float32
     words = tokenizer("byte-level", "<image>")
     architecture = LlavaConfig(
         text_config=MistralConfig(vocab_size=32064, hidden_size=4096 // part, intermediate_size=14336 // part, num_hidden_layers=32 // part,
@@ -271,10 +272,23 @@ def random_llava(config, part):
     return policy
 
 
+def plans(config):
+    """Print the memory that training of the whole model expects, as a table: flags, parts and peak in GB."""
+    policy = random_llava(config, 1, "meta")
+    linear = sum(m.weight.numel() for m in policy.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16)
+    for flags, saved in (({}, 0), ({"microbatch": 4}, 0), ({"microbatch": 4, "gradient_checkpointing": False}, 0), ({"lora_rank": 32, "num_envs": 8}, 0),
+                         # Four bits a weight and a float32 scale for every 64, instead of 16 bits.
+                         ({"quantize": "4bit"}, (2 - 4 / 8 - 4 / 64) * linear / 1e9), ({"quantize": "4bit", "lora_rank": 32, "num_envs": 8}, (2 - 4 / 8 - 4 / 64) * linear / 1e9)):
+        peak, parts = train.memory_plan(policy, argparse_namespace(**vars(config) | flags))
+        parts["weights"] -= saved
+        print(f"{' '.join(f'{flag}={value}' for flag, value in flags.items()) or 'the preset':<40} "
+              + "  ".join(f"{name} {gb:.1f}" for name, gb in parts.items()) + f"  peak {peak - saved:.1f} GB")
+
+
 def paper_model(config, rounds, file, part):
     """Print what decoding and updates take, beside their limits, and the hours of the paper's 15,000 steps; write it to `file`."""
     gpu, config.max_new_tokens, memory = torch.cuda.is_available(), 100, -psutil.Process().memory_info().rss / 1e9
-    policy = random_llava(config, part)
+    policy = random_llava(config, part, "cuda" if gpu else "cpu")
     device, name = policy.model.device, torch.cuda.get_device_name() if gpu else "CPU"
     name += f", 1/{part} of width and depth" * (part > 1)
     weights, reading = policy.model.get_memory_footprint(), read_rate(device)
@@ -336,6 +350,7 @@ def main():
     parser.add_argument("--model", default="tiny", help="tiny, random-llava-1.6-7b, or a folder with a model")
     parser.add_argument("--shrink", type=env.positive_int, default=1 if torch.cuda.is_available() else 8, help="divide the sizes of random-llava-1.6-7b by it")
     parser.add_argument("--lora-rank", type=env.positive_int, default=128, help="of random-llava-1.6-7b")
+    parser.add_argument("--plan", action="store_true", help="print only the memory that random-llava-1.6-7b should need")
     parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
     parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -347,6 +362,8 @@ def main():
     preset = "tiny" if args.model == "tiny" else "paper"
     config = argparse_namespace(**train.complete({"preset": preset, "env": args.env, "model": args.model}))
     if args.model == "random-llava-1.6-7b":
+        if args.plan:
+            return plans(config)
         config.lora_rank = args.lora_rank
         return paper_model(config, args.rounds, args.json, args.shrink)
     bench = Bench(config)
