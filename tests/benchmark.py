@@ -58,7 +58,7 @@ class Bench:
         self.config = config
         torch.manual_seed(0)
         self.policy = train.build_policy(config)
-        run = argparse_namespace(log=lambda **row: None, restore=lambda *args: None, checkpoint=lambda *args, **state: None, signal=None)
+        run = argparse_namespace(log=lambda **row: None, restore=lambda *args: None, checkpoint=lambda *args, **state: None, signal=0)
         self.games = {n: env.Games(config.env, n, seed=0) for n in (1, 16, 64)}
         # An untrained model writes to the last token: teach the format first, so that answers have their real length.
         train.sft(self.policy, argparse_namespace(**vars(config) | {"sft_steps": 60, "sft_batch": 32}), run)
