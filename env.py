@@ -50,11 +50,9 @@ font = cache(ImageFont.load_default)  # of so many pixels; Pillow's built-in sca
 
 @lru_cache(maxsize=4096)
 def text_mask(text, pixels, max_width, bold):
-    width = font(pixels).getlength(text)
-    if width > max_width:
+    if (width := font(pixels).getlength(text)) > max_width:
         pixels = max(8, int(pixels * max_width / width))
-        width = font(pixels).getlength(text)
-    mask = Image.new("L", (2 * int(width / 2 + bold + 2), 2 * pixels))
+    mask = Image.new("L", (2 * int(font(pixels).getlength(text) / 2 + bold + 2), 2 * pixels))
     ImageDraw.Draw(mask).text((mask.width // 2, pixels), text, 255, font(pixels), anchor="mm", stroke_width=bold)
     return mask
 
@@ -106,9 +104,7 @@ def card_picture(card, width):
         ImageDraw.Draw(mask).rounded_rectangle([w // 11, w // 11, w - w // 11, h - w // 11], w // 16, 255)
         picture.paste(back, mask=mask)
     card = picture.resize((width, width * 3 // 2), Image.LANCZOS)
-    table = Image.new("RGB", card.size, TABLE)
-    table.paste(card, mask=card)
-    return table
+    return Image.alpha_composite(Image.new("RGBA", card.size, TABLE), card).convert("RGB")
 
 
 def draw_cards(picture, cards, x, y, pitch):
@@ -140,12 +136,10 @@ def evaluate_formula(entries):
             return PARSED[type(node.op)](value(node.left), value(node.right))
         return Fraction(node.value)  # AttributeError for "- 1", "3 ( 4 )" and "( )", which Python would parse, too
 
-    if len(entries) > MAX_ENTRIES or not {*entries} <= {*NUMBERS, *OPERATORS, "(", ")"}:
-        return None
-    try:
-        return value(ast.parse(" ".join(entries), mode="eval").body)
-    except (SyntaxError, AttributeError, ZeroDivisionError):
-        return None
+    if len(entries) <= MAX_ENTRIES and {*entries} <= {*NUMBERS, *OPERATORS, "(", ")"}:
+        with contextlib.suppress(SyntaxError, AttributeError, ZeroDivisionError):
+            return value(ast.parse(" ".join(entries), mode="eval").body)
+    return None
 
 
 def expressions(numbers):
@@ -505,45 +499,43 @@ ROOMS = {
                  "SoapBar Cloth ToiletPaper Candle SprayBottle HandTowel"),
 }
 
-# Icons, on a grid of 100 x 100, in the thing's own (c)olour, (d)arker, (l)ighter, blac(k) or (p)aper. Then who looks
-# like what, and in which colour; all others are boxes.
-SHAPES = dict(re.findall(r"([a-z][a-z ]+): ([^;]+)", """
-    round: e c 14 20 86 92 p k 47 24 60 4 66 6 54 26 e l 28 32 46 50; egg: e c 24 10 76 92 e l 34 24 50 48;
-    loaf: r c 8 44 92 86 e c 8 20 92 68 r d 34 40 38 84 r d 62 40 66 84;
-    cup: e d 48 32 96 78 e p 60 44 84 66 r c 14 20 70 92 r l 14 20 70 32; dish: e c 2 24 98 84 e l 22 36 78 70;
-    pan: r k 60 50 100 64 e c 4 22 72 92 e d 16 34 60 80; stick: p c 8 84 66 28 76 38 18 94 e c 56 2 98 44;
-    pencil: p c 16 70 70 12 90 30 34 88 p k 16 70 34 88 6 96 p d 70 12 90 30 96 8; book: r c 14 8 86 94 r l 30 22 74 46 r d 14 8 24 94;
-    paper: r c 10 12 90 92 r k 20 24 80 36 r d 20 46 80 52 r d 20 62 80 68 r d 20 78 60 84;
-    device: r c 28 4 72 98 r l 36 14 64 56 e k 42 70 58 86; bottle: r c 26 36 74 98 r d 42 6 58 38 r k 38 2 62 14 r l 34 56 66 80;
-    soft: e c 2 20 98 88 e l 22 34 78 74; cloth: p c 6 20 94 12 90 88 10 80 r l 20 34 80 42 r l 20 56 80 64;
-    ring: e c 8 8 92 92 e p 36 36 64 64; roll: r c 14 30 86 90 e c 14 14 86 50 e d 38 24 62 40;
-    key: e c 4 26 52 74 e p 18 40 38 60 r c 48 44 98 56 r c 76 50 84 76 r c 90 50 98 70; bar: r c 8 30 92 80 r l 20 42 80 66;
-    clock: e c 8 12 92 96 e l 20 24 80 84 r k 47 30 53 56 r k 47 52 70 58 e c 8 2 34 28 e c 66 2 92 28;
-    candle: r c 34 38 66 96 e k 46 26 54 40 p l 50 2 62 24 50 36 38 24; box: r c 8 24 92 92 r d 8 24 92 42;
-    oven: r c 2 16 98 84 r d 8 22 72 78 r l 14 28 66 72 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
+# Icons, on a grid of 100 x 100, in the thing's own (c)olour, (d)arker, (l)ighter, blac(k) or (p)aper: the shape's name,
+# who looks like it and in which colour (all others are boxes), the shape.
+ICONS = re.findall(r"([a-z][a-z ]*\b)(?: \(([^)]*)\))?: ([^;]+)", """
+    round (apple d22b2b tomato f26b3a potato a9814f lettuce 6aa83a): e c 14 20 86 92 p k 47 24 60 4 66 6 54 26 e l 28 32 46 50;
+    egg (egg f0d9a8): e c 24 10 76 92 e l 34 24 50 48; loaf (bread c98a45): r c 8 44 92 86 e c 8 20 92 68 r d 34 40 38 84 r d 62 40 66 84;
+    cup (mug 3c6fc4 cup 3aa89a): e d 48 32 96 78 e p 60 44 84 66 r c 14 20 70 92 r l 14 20 70 32; box: r c 8 24 92 92 r d 8 24 92 42;
+    dish (plate 9fb3c8 bowl b06fc0): e c 2 24 98 84 e l 22 36 78 70; can (garbagecan 6f7f6f): p c 20 24 80 24 70 98 30 98 r d 12 12 88 26;
+    pan (pan 4a4f57 pot 7a6f66): r k 60 50 100 64 e c 4 22 72 92 e d 16 34 60 80; soft (pillow 7f6fd0): e c 2 20 98 88 e l 22 34 78 74;
+    stick (spoon 8d99a6 knife 56606b): p c 8 84 66 28 76 38 18 94 e c 56 2 98 44; ring (cd 3fb8e0): e c 8 8 92 92 e p 36 36 64 64;
+    pencil (pencil e8b21e): p c 16 70 70 12 90 30 34 88 p k 16 70 34 88 6 96 p d 70 12 90 30 96 8;
+    book (book a03a8c): r c 14 8 86 94 r l 30 22 74 46 r d 14 8 24 94;
+    paper (newspaper cfc8b4): r c 10 12 90 92 r k 20 24 80 36 r d 20 46 80 52 r d 20 62 80 68 r d 20 78 60 84;
+    device (remotecontrol 33373d cellphone 2f8f4f): r c 28 4 72 98 r l 36 14 64 56 e k 42 70 58 86;
+    bottle (spraybottle 2fa0d8 vase d0568c): r c 26 36 74 98 r d 42 6 58 38 r k 38 2 62 14 r l 34 56 66 80;
+    cloth (cloth 3fa08f handtowel e88aa0): p c 6 20 94 12 90 88 10 80 r l 20 34 80 42 r l 20 56 80 64;
+    roll (toiletpaper c8c8d4): r c 14 30 86 90 e c 14 14 86 50 e d 38 24 62 40;
+    key (keychain d8a020): e c 4 26 52 74 e p 18 40 38 60 r c 48 44 98 56 r c 76 50 84 76 r c 90 50 98 70;
+    bar (soapbar f09ab8 dishsponge e8c83a): r c 8 30 92 80 r l 20 42 80 66;
+    clock (alarmclock d8402f): e c 8 12 92 96 e l 20 24 80 84 r k 47 30 53 56 r k 47 52 70 58 e c 8 2 34 28 e c 66 2 92 28;
+    candle (candle e8a83a): r c 34 38 66 96 e k 46 26 54 40 p l 50 2 62 24 50 36 38 24;
+    oven (microwave 6f7883): r c 2 16 98 84 r d 8 22 72 78 r l 14 28 66 72 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
     oven open: r c 2 16 98 84 r k 8 22 72 78 p d 8 78 72 78 66 100 2 100 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
-    lamp: p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
+    lamp (desklamp e8902a floorlamp d0a848): p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
     lamp lit: e l 0 0 100 96 p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
-    table: r d 12 42 24 98 r d 76 42 88 98 r c 2 28 98 46; counter: r d 8 40 92 98 r k 49 46 51 94 r c 2 24 98 42;
-    seat: r c 10 14 90 66 r d 20 50 80 82 r c 2 38 22 88 r c 78 38 98 88;
-    bed: r d 2 20 10 96 r d 90 56 98 96 r c 6 56 94 82 e l 12 42 44 64;
-    basin: r k 44 8 54 44 r k 44 8 72 18 p c 2 42 98 42 80 94 20 94 e l 14 36 86 54; can: p c 20 24 80 24 70 98 30 98 r d 12 12 88 26;
-    shelf: r c 2 24 98 34 r c 2 56 98 66 r c 2 88 98 98 r d 8 10 14 98 r d 86 10 92 98;
-    burner: r k 6 20 94 96 e c 18 26 82 90 e k 32 40 68 76 e c 44 52 56 64;
-    door: r c 16 2 84 98 r d 22 8 78 92 r c 26 12 74 88 r k 64 42 70 62;
-    door open: r c 16 2 84 98 r k 24 10 76 90 p d 16 2 0 14 0 100 16 98; drawer: r c 4 14 96 90 r d 12 24 88 80 r k 38 46 62 56;
-    drawer open: r c 4 4 96 60 r k 12 12 88 56 p d 4 56 96 56 100 98 0 98 r k 38 72 62 82"""))
-LOOKS = {name: (shape, "#" + color) for shape, names in re.findall(r"([a-z]+): ([^;]+)", """
-    round: apple d22b2b tomato f26b3a potato a9814f lettuce 6aa83a; egg: egg f0d9a8; loaf: bread c98a45; cup: mug 3c6fc4 cup 3aa89a;
-    dish: plate 9fb3c8 bowl b06fc0; pan: pan 4a4f57 pot 7a6f66; stick: spoon 8d99a6 knife 56606b; pencil: pencil e8b21e; book: book a03a8c;
-    paper: newspaper cfc8b4; device: remotecontrol 33373d cellphone 2f8f4f; bottle: spraybottle 2fa0d8 vase d0568c; soft: pillow 7f6fd0;
-    cloth: cloth 3fa08f handtowel e88aa0; ring: cd 3fb8e0; roll: toiletpaper c8c8d4; key: keychain d8a020;
-    bar: soapbar f09ab8 dishsponge e8c83a; clock: alarmclock d8402f; candle: candle e8a83a; lamp: desklamp e8902a floorlamp d0a848;
-    table: diningtable 8a5a33 sidetable b58a5a coffeetable 6f4a2f desk 9c6b3f; counter: countertop 8b9aa5 dresser a4713f;
-    seat: sofa 4f78b8 armchair b85f4f; bed: bed 6f8fc8; basin: sinkbasin 6fb0d0 bathtubbasin 4fa0a8 toilet a8b4bc; can: garbagecan 6f7f6f;
-    shelf: shelf a87f4f cart 8f9fa8; burner: stoveburner d0502a; oven: microwave 6f7883; door: fridge 9fb8cc cabinet c09058 safe 5a7a6a;
-    drawer: drawer b87f48""")
-         for name, color in re.findall(r"([a-z]+) (\w{6})", names)}
+    table (diningtable 8a5a33 sidetable b58a5a coffeetable 6f4a2f desk 9c6b3f): r d 12 42 24 98 r d 76 42 88 98 r c 2 28 98 46;
+    counter (countertop 8b9aa5 dresser a4713f): r d 8 40 92 98 r k 49 46 51 94 r c 2 24 98 42;
+    seat (sofa 4f78b8 armchair b85f4f): r c 10 14 90 66 r d 20 50 80 82 r c 2 38 22 88 r c 78 38 98 88;
+    bed (bed 6f8fc8): r d 2 20 10 96 r d 90 56 98 96 r c 6 56 94 82 e l 12 42 44 64;
+    basin (sinkbasin 6fb0d0 bathtubbasin 4fa0a8 toilet a8b4bc): r k 44 8 54 44 r k 44 8 72 18 p c 2 42 98 42 80 94 20 94 e l 14 36 86 54;
+    shelf (shelf a87f4f cart 8f9fa8): r c 2 24 98 34 r c 2 56 98 66 r c 2 88 98 98 r d 8 10 14 98 r d 86 10 92 98;
+    burner (stoveburner d0502a): r k 6 20 94 96 e c 18 26 82 90 e k 32 40 68 76 e c 44 52 56 64;
+    door (fridge 9fb8cc cabinet c09058 safe 5a7a6a): r c 16 2 84 98 r d 22 8 78 92 r c 26 12 74 88 r k 64 42 70 62;
+    door open: r c 16 2 84 98 r k 24 10 76 90 p d 16 2 0 14 0 100 16 98;
+    drawer (drawer b87f48): r c 4 14 96 90 r d 12 24 88 80 r k 38 46 62 56;
+    drawer open: r c 4 4 96 60 r k 12 12 88 56 p d 4 56 96 56 100 98 0 98 r k 38 72 62 82""")
+SHAPES = {shape: drawing for shape, _, drawing in ICONS}
+LOOKS = {name: (shape, f"#{color}") for shape, names, _ in ICONS for name, color in re.findall(r"(\w+) (\w+)", names)}
 VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"),
          "heat": ("HEAT", "#b8331f"), "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
 
@@ -570,12 +562,11 @@ def alfworld_engine():
     with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", ["", "domain", "problem"]),
           mock.patch.dict(os.environ, ALFWORLD_DATA=tempfile.gettempdir())):
         import fast_downward
-        from alfworld.agents.utils.misc import Demangler
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
         from alfworld.gen import constants, goal_library
         from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
         from fast_downward.translate import translate as translator
-        from textworld.envs.pddl import logic, textgen
-        from textworld.generator.game import EntityInfo
+        from textworld.envs.pddl import PddlEnv, logic, textgen
         from textworld.logic import Rule
     pddl2sas, ground = fast_downward.pddl2sas, translator.pddl_to_sas
 
@@ -594,10 +585,10 @@ def alfworld_engine():
     # The grammar's few conditions and beginnings are the same at every step: 3 ms to parse.
     Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
     textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
+    logic.GameLogic = lru_cache(maxsize=8)(logic.GameLogic)
     engine = SimpleNamespace(
-        constants=constants, goals=goal_library.gdict, Demangler=Demangler, EntityInfo=EntityInfo, Atom=logic.Atom,
-        State=logic.PddlState, logic=lru_cache(maxsize=8)(logic.GameLogic), domain=Path(ALFRED_PDDL_PATH).read_text(),
-        grammar=Path(ALFRED_TWL2_PATH).read_text(), library=fast_downward.load_lib(), grounded={})
+        constants=constants, goals=goal_library.gdict, Atom=logic.Atom, game=AlfredDemangler(PddlEnv()), grounded={},
+        domain=Path(ALFRED_PDDL_PATH).read_text(), grammar=Path(ALFRED_TWL2_PATH).read_text())
     return engine
 
 
@@ -653,8 +644,7 @@ def built_in_game(split, kind, number):
              "pddl_problem": problem + goal["pddl"].format(**names).replace("#", "-")},
             {"task_type": ALFRED_TASKS[kind], "pddl_params": {
                 "object_target": target, "parent_target": "" if light else place,
-                "toggle_target": "DeskLamp" if light else "",
-                "mrecep_target": "", "object_sliced": False}})
+                "toggle_target": "DeskLamp" * light, "mrecep_target": "", "object_sliced": False}})
 
 
 class ALFWorldEnv(Game):
@@ -684,12 +674,12 @@ class ALFWorldEnv(Game):
         super().__init__(render_mode, obs)
 
     def deal(self):
-        solvable = False
-        while not solvable:  # a few games of the data set are not, and say so
+        loaded = [{"solvable": False}]
+        while not loaded[0].get("solvable", True):  # a few games of the data set are not, and say so
             names = self.names[self.np_random.integers(len(self.names))]
-            self.game, self.played = names[self.np_random.integers(len(names))], []
-            solvable = self._load(self.game)[0].get("solvable", True)
-        self._begin(*self._load(self.game))
+            self.game = names[self.np_random.integers(len(names))]
+            loaded = self._load(self.game)
+        self._begin(*loaded)
 
     def _load(self, name):
         return data_game(self.data / name) if self.data else kept_game(self.split, name)
@@ -717,44 +707,34 @@ class ALFWorldEnv(Game):
         self._target = goal["object_target"].lower()
         self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
         engine.grounded = {game["pddl_problem"]: game.get("sas")}
-        logic = engine.logic(game["pddl_domain"], grammar)
-        self._state = engine.State(engine.library, game["pddl_problem"], logic)
-        self._infos = {v.name: engine.EntityInfo(v.name, v.type) for fact in self._state.facts for v in fact.arguments}
-        names = engine.Demangler(game_infos=self._infos)
-        for key, info in self._infos.items():
-            info.name, info.definite, info.indefinite = names.demangle_alfred_name(key).strip(), "the", "a"
+        engine.game.load(game | {"grammar": grammar})
+        self._state, self._infos = engine.game._pddl_state, engine.game._entity_infos
         self._receptacles = sorted(info.name for info in self._infos.values() if info.type == "receptacle")
-        self._operators, self._seen, self._place = [], set(), ""
-        self._look()
-        self._feedback = self._say("#look.feedback#", {})
+        self._operators, self._seen, self._place, self.played = [], set(), "", []
+        self._look("#look.feedback#", {})
 
     def _act(self, command):
-        engine, state, action = alfworld_engine(), self._state, self._commands[command]
-        engine.library.load_sas(state.sas.encode())  # another game may have been played meanwhile
+        state, action = self._state, self._commands[command]
+        state.downward_lib.load_sas(state.sas.encode())  # another game may have been played meanwhile
         for number, effects in self._operators:
-            engine.library.apply_operator(number, (engine.Atom * effects)())
+            state.downward_lib.apply_operator(number, (alfworld_engine().Atom * effects)())
         self._operators.append((action.id, state._operators[action.id].nb_effect_atoms))
         state.apply(action)
-        for thing in action.mapping.values():  # whatever it does, the agent faces the receptacle that it names
-            self._place = self._infos[thing.name].name if thing.type == "receptacle" else self._place
-        self._feedback = self._say(action.feedback_rule, action.mapping)
-        self._look()
+        self._look(action.feedback_rule, action.mapping)
 
-    def _say(self, rule, mapping):
-        """The engine's words for what has just happened."""
+    def _look(self, rule, mapping):
+        """Read the engine's state after an action (mapping: placeholder -> thing): its words by the grammar's `rule`,
+        facts by name, and the commands that it takes."""
         variables = {placeholder.name: self._infos[v.name] for placeholder, v in mapping.items()}
-        return self._state._logic.grammar.derive(rule, {
+        self._feedback = self._state._logic.grammar.derive(rule, {
             "state": self._state, "facts": list(self._state.facts), "variables": variables, "mapping": mapping,
             "entity_infos": self._infos})
-
-    def _look(self):
-        """Read the engine's state: facts by name, and the commands that it takes."""
-        self._facts = {}
-        for fact in self._state.facts:
-            names = tuple(self._infos[v.name].name for v in fact.arguments if v.name in self._infos)
-            self._facts.setdefault(fact.name, set()).add(names)
-        self._where = dict(sorted(self._facts.get("inreceptacle", ())))  # object -> receptacle
-        self._carried = next((o for _, o in self._facts.get("holds", ())), "")
+        for thing in variables.values():  # whatever it does, the agent faces the receptacle that it names
+            self._place = thing.name if thing.type == "receptacle" else self._place
+        self._facts = {(fact.name, *(self._infos[v.name].name.strip() for v in fact.arguments if v.name in self._infos))
+                       for fact in self._state.facts}
+        self._where = dict(sorted(rest for fact, *rest in self._facts if fact == "inreceptacle"))  # object -> place
+        self._carried = next((rest[1] for fact, *rest in self._facts if fact == "holds"), "")
         if self._place and not self._shut(self._place):
             self._seen.add(self._place)
         self._won = bool(self._state.check_goal())
@@ -769,11 +749,8 @@ class ALFWorldEnv(Game):
                 self._commands[command] = action
         self.action_space.n = len(self.legal_actions())
 
-    def _is(self, fact, name):
-        return (name,) in self._facts.get(fact, ())
-
     def _shut(self, receptacle):
-        return self._is("openable", receptacle) and not self._is("opened", receptacle)
+        return ("openable", receptacle) in self._facts and ("opened", receptacle) not in self._facts
 
     def _held_in(self, receptacle):
         return [o for o, r in self._where.items() if r == receptacle]
@@ -783,12 +760,12 @@ class ALFWorldEnv(Game):
         targets = [o for o in [*self._where, self._carried] if kind_of(o) == self._target]
         placed = [o for o in targets if kind_of(self._where.get(o, "")) == self._goal]
         if self._kind == "light":
-            lit = any(kind_of(o) == self._goal and self._is("istoggled", o) for o in self._held_in(self._place))
+            lit = any(kind_of(o) == self._goal and ("istoggled", o) in self._facts for o in self._held_in(self._place))
             return ((self._carried in targets) + lit) / 2
         if self._kind in ("pick", "two"):
             wanted = 1 + (self._kind == "two")  # in the same receptacle
             return min(max(Counter(self._where[o] for o in placed).values(), default=0), wanted) / wanted
-        changed = [o for o in targets if self._is(CHANGES[self._kind][0], o)]
+        changed = [o for o in targets if (CHANGES[self._kind][0], o) in self._facts]
         return (bool(placed) + bool(changed) + bool({*placed} & {*changed})) / 3
 
     def legal_actions(self):
@@ -798,8 +775,7 @@ class ALFWorldEnv(Game):
         subgoal, command = self._plan()
         return {"task": self._task, "task_type": self._kind, "observation": self._feedback, "place": self._place,
                 "visible": self._visible(), "carried": self._carried, "won": self._won, "success": self._won,
-                "goal_conditions": self._rate(), "subgoal": subgoal,
-                "expert": command if command in self._commands else self.legal_actions()[0]}
+                "goal_conditions": self._rate(), "subgoal": subgoal, "expert": command or self.legal_actions()[0]}
 
     def _visible(self):
         return [] if self._shut(self._place) else self._held_in(self._place)
@@ -810,23 +786,22 @@ class ALFWorldEnv(Game):
         return info["expert"]
 
     def _plan(self):
-        """(sub-goal in words, command) of an expert who looks for what was not seen and then does the task."""
+        """(sub-goal in words, command or "") of an expert who looks for what was not seen and then does the task."""
         kind, target, goal, seen, carried = self._kind, self._target, self._goal, self._seen, self._carried
         change, appliance, _ = CHANGES.get(kind, ("", "", ""))
         goals = [r for r in self._receptacles if kind_of(r) == goal]
         known = [o for o, r in self._where.items() if r in seen]
         targets = [o for o in known if kind_of(o) == target]
-        undone = {o for o in [*targets, carried] if change and not self._is(change, o)}
+        undone = {o for o in [*targets, carried] if change and (change, o) not in self._facts}
 
         def fit(receptacle, what):
-            return (kind_of(receptacle) + "type", kind_of(what) + "type") in self._facts["cancontain"]
+            return ("cancontain", kind_of(receptacle) + "type", kind_of(what) + "type") in self._facts
 
         def at(receptacle, command):
-            """Go there, open it, then play `command`."""
-            if self._place != receptacle:
-                return f"{'examine' if f'examine {receptacle}' in self._commands else 'go to'} {receptacle}"
-            opens = self._shut(receptacle) and not command.startswith(("heat", "cool"))
-            return f"open {receptacle}" if opens else command
+            """Go there, open it, then play `command`: the first of these that the engine takes, or ""."""
+            opens = "" if command.startswith(("heat", "cool")) else f"open {receptacle}"
+            steps = (f"examine {receptacle}", f"go to {receptacle}", opens, command)
+            return next((step for step in steps if step in self._commands), "")
 
         def find(what):
             unseen = sorted((r for r in self._receptacles if r not in seen), key=lambda r: (not fit(r, what), r))
@@ -866,13 +841,13 @@ class ALFWorldEnv(Game):
             draw.rounded_rectangle([x + 2, y + 2, x + width - 3, y + height - 3], 6, color, outline, 3)
 
         def put(name, x, y, pixels):
-            state = "open" if self._is("opened", name) else "lit" if self._is("istoggled", name) else ""
+            state = "open" if ("opened", name) in self._facts else "lit" if ("istoggled", name) in self._facts else ""
             art = icon(kind_of(name), pixels, state)
             picture.paste(art, (x, y), art)
 
         def thing(name, x, y):
             colors = {"ishot": "#f4a08c", "iscool": "#9cc8f4", "isclean": "#f4e28c"}
-            cell(x, y, next((color for fact, color in colors.items() if self._is(fact, name)), "white"))
+            cell(x, y, next((color for fact, color in colors.items() if (fact, name) in self._facts), "white"))
             put(name, x + 10, y + 4, 40)
             draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
             # A large number for "mug 2", none for "mug 1".
@@ -895,7 +870,7 @@ class ALFWorldEnv(Game):
         draw_text(picture, words, (210, 120), 20, "white" if shut else INK)
         if place:
             put(place, 18, 66, 84)
-            state = " (closed)" if shut else " (open)" if self._is("opened", place) else ""
+            state = " (closed)" if shut else " (open)" if ("opened", place) in self._facts else ""
             draw_text(picture, place + state, (60, 165), 15, INK, 112)
         for i, name in enumerate(things[:6]):
             thing(name, 120 + i % 3 * 60, 60 + i // 3 * 60)
@@ -920,10 +895,9 @@ class ALFWorldEnv(Game):
                 put(o, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
         cell(240, 180, "#2b5f4b", 60, 120)
         draw_text(picture, "carrying", (270, 212), 12, "white")
+        draw_text(picture, "" if self._carried else "nothing", (270, 268), 12, "#a8c8b8")
         if self._carried:
             thing(self._carried, 240, 240)
-        else:
-            draw_text(picture, "nothing", (270, 268), 12, "#a8c8b8")
         return picture
 
 
@@ -942,8 +916,9 @@ class ALFWorldThorEnv(ALFWorldEnv):
         return {"file": name}, None
 
     def _begin(self, game, _):
-        self.carried = ""
+        self.played, self.carried = [], ""
         self._act(None, True, game["file"])
+        self._task = re.search(r"Your task is to: (.*?)\.?$", self._said)[1]
 
     def _act(self, action, begin=False, file=""):
         """Let the engine's thread play an action, or begin the game of a file."""
@@ -955,8 +930,6 @@ class ALFWorldThorEnv(ALFWorldEnv):
             self.carried = taken[1]
         elif "You put the" in self._said:
             self.carried = ""
-        if task := re.search(r"Your task is to: (.*?)\.?$", self._said):
-            self._task = task[1]
         self._commands = sorted({*self._infos["admissible_commands"][0]} - {"look", "inventory", "help"})
         self.action_space.n = len(self.legal_actions())
 
@@ -1033,12 +1006,11 @@ def kept_game(split, name):
         game, trajectory = built_in_game(split, kind, int(number))
         player = ALFWorldEnv(split=split)
         player._begin(game, trajectory)
-        game |= {"walkthrough": [], "sas": player._state.sas}
         while not player._won:
-            game["walkthrough"].append(player.state()["expert"])
-            player._act(game["walkthrough"][-1])
-            if len(game["walkthrough"]) > 40:
+            player.play(player.state()["expert"])
+            if len(player.played) > 40:
                 raise RuntimeError(f"the expert does not solve the built-in game {split}/{name}: {player._task}")
+        game |= {"walkthrough": player.played, "sas": player._state.sas}
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as part:
             for file, content in (("game.tw-pddl", game), ("traj_data.json", trajectory)):
@@ -1096,8 +1068,7 @@ class Games:
 
         def make(kind):
             game = gym.make(env_id(kind.name), obs=obs, **kind.evaluation if evaluation else {})
-            if len(kinds) > 1:  # a vector wants equal action spaces
-                game.action_space = gym.spaces.Discrete(max(len(kind.actions) for kind in kinds))
+            game.action_space = gym.spaces.Discrete(max(len(kind.actions) for kind in kinds))  # equal in a vector
             return game
 
         # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.

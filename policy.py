@@ -158,7 +158,7 @@ class VLMPolicy(nn.Module):
         self.checkpointed = []  # layers whose activations are computed again in the backward pass
 
     def checkpoint_gradients(self):
-        """Trade time for memory: keep no activations inside the layers. (`evaluate` puts them into training mode.)"""
+        """Trade time for memory: keep no activations inside the layers. (`forward` puts them into training mode.)"""
         self.model.activation_checkpointing_enable()
         self.checkpointed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -173,11 +173,11 @@ class VLMPolicy(nn.Module):
 
     def forward(self, batch, keep, **kwargs):
         """Run the model on a batch that `collate` made; the output's `logits` (N, keep, vocabulary) are of the end."""
+        for layer in self.checkpointed:
+            layer.training = torch.is_grad_enabled()
         self.keep = None if self.checkpointed else keep  # what is computed again in the backward pass comes later
-        try:
-            return self.model(**batch, logits_to_keep=keep, **kwargs)
-        finally:
-            self.keep = None
+        output, self.keep = self.model(**batch, logits_to_keep=keep, **kwargs), None
+        return output
 
     def add_lora(self, rank, alpha):
         """Freeze the model and put a fresh LoRA on all linear layers of vision tower, projector and language model."""
@@ -205,10 +205,6 @@ class VLMPolicy(nn.Module):
         finally:
             for layer in layers:
                 vars(layer).pop("forward", None)
-
-    def merge_lora(self):
-        """Add the adapter to the weights below it, for good: the SFT of a large model ends so."""
-        self.model = self.model.merge_and_unload().eval()
 
     def save(self, directory):
         """Write the adapter and the value head to `directory`, as safetensors."""
@@ -255,13 +251,12 @@ class VLMPolicy(nn.Module):
 
     def collate(self, inputs):
         """Join a list of `Answer.inputs` into one batch, text tensors padded on the left."""
-        text = [key for key, x in inputs[0].items() if x.shape == inputs[0]["input_ids"].shape]
         batch = {}
-        for key in inputs[0]:
-            rows = [x[key] for x in inputs]
-            fill = self.tokenizer.pad_token_id if key == "input_ids" else 0
-            batch[key] = pad_sequence([row[0] for row in rows], True, fill, "left") if key in text else torch.cat(rows)
-            batch[key] = batch[key].to(self.model.device, self.model.dtype if batch[key].is_floating_point() else None)
+        for key, first in inputs[0].items():
+            rows, fill = [x[key] for x in inputs], self.tokenizer.pad_token_id if key == "input_ids" else 0
+            joined = (pad_sequence([row[0] for row in rows], True, fill, "left")
+                      if first.shape == inputs[0]["input_ids"].shape else torch.cat(rows))
+            batch[key] = joined.to(self.model.device, self.model.dtype if joined.is_floating_point() else None)
         return batch
 
     def demonstrate(self, images, prompts, texts):
@@ -271,15 +266,12 @@ class VLMPolicy(nn.Module):
                 for inputs, row in zip(self.encode(images, prompts), rows)]
 
     def _answer(self, inputs, tokens):
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ids = tokens.tolist()
-
-        def decode(n):
-            return self.tokenizer.decode(ids[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-        text = decode(len(ids))
+        text = decode(ids)
         # The first token whose text reaches past the start of `"action":`, by bisection over prefixes.
         start = action_start(text)
-        at = bisect.bisect_right(range(len(ids)), start, key=lambda k: len(decode(k + 1)))
+        at = bisect.bisect_right(range(len(ids)), start, key=lambda k: len(decode(ids[:k + 1])))
         return Answer(inputs, tokens, at if start < len(text) else len(ids), text)
 
     # -- sampling and scoring -------------------------------------------------------------------------
@@ -291,14 +283,9 @@ class VLMPolicy(nn.Module):
     def value_of_last_token(self):
         return self.value_head(self.hidden[:, 0]).squeeze(-1)
 
-    @torch.no_grad()
     def standardise(self, answers, microbatch=64):
         """Let the value head see the states of these `Answer`s with mean 0 and variance 1 in every component."""
-        hidden = []
-        for i in range(0, len(answers), microbatch):
-            self.evaluate(answers[i: i + microbatch])
-            hidden.append(self.hidden[:, 0].clone())
-        norm = self.value_head[0]
+        hidden, norm = [self.hidden[:, 0].clone() for _ in self.score(answers, microbatch)], self.value_head[0]
         norm.running_var, norm.running_mean = torch.var_mean(torch.cat(hidden), 0, correction=0)
 
     @torch.no_grad()
@@ -331,38 +318,39 @@ class VLMPolicy(nn.Module):
         shift = next((m.rope_deltas for m in self.shifting if m.rope_deltas is not None), None)
         tokens = torch.zeros(n, self.max_new_tokens, dtype=torch.long)
         logps = torch.zeros(n, self.max_new_tokens)
-        lengths = torch.zeros(n, dtype=torch.long)
+        lengths = torch.full((n,), self.max_new_tokens)
         rows = torch.arange(n)  # rows of the batch that are still writing
         eos = torch.tensor(sorted(self.eos))
         for t in range(self.max_new_tokens):
             logp = self.log_probs(output.logits[:, -1])
             token = sample(logp)
             tokens[rows, t], logps[rows, t] = token[:, 0].cpu(), logp.gather(1, token)[:, 0].cpu()
-            writing = lengths[rows] == 0
-            done = torch.isin(tokens[rows, t], eos) & writing
+            done = torch.isin(tokens[rows, t], eos) & (lengths[rows] > t)
             lengths[rows[done]] = t + 1
-            writing &= ~done
+            writing = lengths[rows] > t + 1
             if not writing.any():
                 break
             if writing.sum() < 0.75 * len(rows):  # finished answers leave the batch, several at a time
                 keep = writing.nonzero()[:, 0]
                 rows, token, mask = rows[keep], token[keep.to(token.device)], mask[keep.to(mask.device)]
-                output.past_key_values.batch_select_indices(keep.to(token.device))
+                cache.batch_select_indices(keep.to(token.device))
                 shift = shift if shift is None else shift[keep.to(shift.device)]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            # Three coordinates a token, the same for text.
-            place = mask.sum(1, keepdim=True) - 1
-            places = {} if shift is None else {"position_ids": (place + shift).expand(3, -1, -1)}
-            output = self({"input_ids": token, "attention_mask": mask}, 1,
-                          past_key_values=output.past_key_values, use_cache=True, **places)
-        lengths[lengths == 0] = self.max_new_tokens
+            batch = {"input_ids": token, "attention_mask": mask}
+            if shift is not None:  # three coordinates a token, the same for text
+                batch["position_ids"] = (mask.sum(1, keepdim=True) - 1 + shift).expand(3, -1, -1)
+            output = self(batch, 1, past_key_values=cache, use_cache=True)
         return tokens, logps, lengths, values
 
     @torch.no_grad()
+    def score(self, answers, microbatch):
+        """`evaluate` without gradients, piece by piece: yields some of the `answers` and their `Scores`."""
+        for i in range(0, len(answers), microbatch):
+            yield (batch := answers[i: i + microbatch]), self.evaluate(batch)
+
     def rescore(self, answers, microbatch):
         """Give `Answer`s the scores of `evaluate`: bfloat16 rounds otherwise in a padded batch with a cache."""
-        for i in range(0, len(answers), microbatch):
-            scores = self.evaluate(batch := answers[i: i + microbatch])
+        for batch, scores in self.score(answers, microbatch):
             numbers = torch.stack([scores.logp_cot, scores.logp_action, scores.value], 1).tolist()
             for answer, row, logps in zip(batch, numbers, scores.logps.cpu()):
                 answer.logp_cot, answer.logp_action, answer.value = row
@@ -378,13 +366,9 @@ class VLMPolicy(nn.Module):
         extra = {"input_ids": tokens, "attention_mask": (place < length).long()}
         batch = {key: torch.cat([x, extra.get(key, torch.zeros_like(tokens))], 1) if x.shape == batch["input_ids"].shape
                  else x for key, x in batch.items()}
-        for layer in self.checkpointed:
-            layer.training = torch.is_grad_enabled()
         # Logits for the answer only; the first kept place is the prompt's last token, which the value head reads.
         with self.merged():
             logits = self(batch, tokens.shape[1] + 1, use_cache=False).logits[:, :-1]
-        for layer in self.checkpointed:
-            layer.training = False
         logp_all = self.log_probs(logits)
         logp = logp_all.gather(2, tokens[..., None])[..., 0].masked_fill(place >= length, 0)
         with torch.no_grad():
@@ -464,10 +448,7 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if image_tiles == "one" and getattr(processor.image_processor, "do_image_splitting", False):
         processor.image_processor.do_image_splitting = False
     kind = AutoModelForImageTextToText
-    kwargs = dict(dtype=dtype, use_safetensors=True, device_map={"": device}, trust_remote_code=trust_remote_code)
-    if quantize:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    packed = quantize and BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     if config.model_type == "llava_next" and image_tiles == "one":
         # The same weights and words in LLaVA-1.5's class, which knows no tiles. The games' pictures are square already.
         keys = ("vision_config", "text_config", "image_token_id", "projector_hidden_act", "vision_feature_layer",
@@ -479,8 +460,10 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
                                   image_mean=images.image_mean, image_std=images.image_std),
             processor.tokenizer, patch_size=config.vision_config.patch_size, chat_template=processor.chat_template,
             vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1)
-        kind, kwargs["config"] = LlavaForConditionalGeneration, config
-    model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+        kind = LlavaForConditionalGeneration
+    model, report = kind.from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, device_map={"": device}, quantization_config=packed,
+        trust_remote_code=trust_remote_code, output_loading_info=True)
     if report["missing_keys"]:  # the library would make them up
         raise ValueError(f"its weights lack {min(report['missing_keys'])}")
     return model, processor
@@ -527,8 +510,7 @@ def build_tiny(seed=0, texts=None):
                                        num_attention_heads=4, image_size=100, patch_size=20),
         text_config=MistralConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
                                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                                  max_position_embeddings=1024, sliding_window=None, pad_token_id=0,
-                                  bos_token_id=1, eos_token_id=2),
+                                  max_position_embeddings=1024, sliding_window=None, pad_token_id=0),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -31,7 +31,7 @@ class Rollout:
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
     truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
-    # For one ratio a token: (T * N, longest answer) log p of each token, 0 past an answer's end.
+    # For one ratio a token: (T, N, longest answer) log p of each token, 0 past an answer's end.
     logps: torch.Tensor | None = None
     # For the penalty on drift: log p(v_tht | o, v_in) under the SFT policy.
     sft_logp_cot: torch.Tensor | None = None
@@ -58,7 +58,7 @@ def auto_cot_scale(logps, action_at):
     """
     noise = [(1 - x.exp()).double() for x in logps]
     total = torch.stack([torch.stack([x[:at].sum(), x[at:].sum()]) for x, at in zip(noise, action_at)]).sum(0)
-    cot, action = gather(total).reshape(-1, 2).sum(0).tolist()
+    cot, action = sum(gather(total)).tolist()
     return min(1.0, math.sqrt(action / cot)) if cot > action else 1.0
 
 
@@ -86,11 +86,6 @@ def explained_variance(values, returns):
     return (1 - (returns - values).var() / variance).item() if variance > 0 else float("nan")
 
 
-def kl_estimate(log_ratio):
-    """Estimate of KL(p, q) from samples of p, log_ratio = log q - log p: unbiased, never negative (Schulman's k3)."""
-    return log_ratio.exp() - 1 - log_ratio
-
-
 def loss_terms(scores, old, cot_scale, clip, value_clip):
     """What a batch of steps adds to the loss and to the report, a dict of tensors (batch,).
 
@@ -113,7 +108,7 @@ def loss_terms(scores, old, cot_scale, clip, value_clip):
         # KL(p, p_SFT) of the thoughts: SFT has taught how to read and reason, and the action is free
         # (the square has the gradient of KL itself, and no exponential that an unlikely thought could blow up)
         "kl_to_sft": 0.5 * (old.get("sft_logp_cot", scores.logp_cot) - scores.logp_cot) ** 2,
-        "approx_kl": (share * kl_estimate(log_ratio)).sum(1),
+        "approx_kl": (share * (ratio - 1 - log_ratio)).sum(1),  # unbiased, never negative (Schulman's k3)
         "clipfrac": (share * ((ratio - 1).abs() > clip)).sum(1),
         "entropy": scores.entropy,
         "exploded": (log_ratio > MAX_LOG_RATIO).any(1).float(),
@@ -140,16 +135,13 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
     first mini-batch), skipped (number of mini-batches).
     """
     advantages, returns = compute_gae(rollout, gamma, gae_lambda)
-    everyone = gather(advantages)
+    everyone = torch.stack(gather(advantages))  # (processes, T, N)
     old = {"logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale), "value": rollout.values,
-           "advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns}
-    if rollout.sft_logp_cot is not None:
-        old["sft_logp_cot"] = rollout.sft_logp_cot
-    old = {key: x.flatten() for key, x in old.items()}  # (T * N,)
-    if rollout.logps is not None:
-        old["logps"] = rollout.logps
+           "advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns,
+           "sft_logp_cot": rollout.sft_logp_cot, "logps": rollout.logps}
+    old = {key: x.flatten(0, 1) for key, x in old.items() if x is not None}  # (T * N,), logps (T * N, tokens)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps, share = len(old["logp"]), minibatch // world_size()
+    steps, share = len(old["logp"]), minibatch // len(everyone)
     history, first_ratio_error, skipped, skipped_in_a_row = [], 0.0, 0, 0
     for batch in (batch for _ in range(epochs) for batch in torch.randperm(steps).split(share)):
         stats = {}
@@ -158,15 +150,14 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
             here = {key: x[index].to(scores.value.device) for key, x in old.items()}
             terms = loss_terms(scores, here, cot_scale, clip, value_clip)
             loss = terms["policy_loss"] + value_coef * terms["value_loss"] + kl_coef * terms["kl_to_sft"]
-            (loss.sum() / (len(batch) * world_size())).backward()
+            (loss.sum() / (len(batch) * len(everyone))).backward()
             ratio_error = terms.pop("ratio_error").max().item()
             if not history and not skipped:
                 first_ratio_error = max(ratio_error, first_ratio_error)  # in this order NaN stays
             stats = {key: stats.get(key, 0.0) + x.sum().item() / len(batch) for key, x in terms.items()}
         sum_gradients(parameters)
-        means = gather(torch.tensor([list(stats.values())])).reshape(-1, len(stats)).mean(0).tolist()
-        stats = dict(zip(stats, means)) | {
-            "grad_norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()}
+        means = torch.tensor(gather(list(stats.values()))).mean(0).tolist()
+        stats = dict(zip(stats, means), grad_norm=torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item())
         broken = not math.isfinite(stats["grad_norm"]) or stats["exploded"] > 0
         if not broken:
             optimizer.step()
@@ -178,7 +169,8 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
         if target_kl and not broken and stats["approx_kl"] > 1.5 * target_kl:
             break
     means = {key: sum(stats[key] for stats in history) / max(len(history), 1) for key in stats if key != "exploded"}
-    return means | {"explained_variance": explained_variance(gather(rollout.values), gather(returns)),
+    values, returns = (torch.stack(gather(x)) for x in (rollout.values, returns))
+    return means | {"explained_variance": explained_variance(values, returns),
                     "first_ratio_error": first_ratio_error, "skipped": skipped}
 
 
@@ -186,27 +178,20 @@ def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0
 # Data parallel: one process a GPU, each with its own environments (nothing happens without torch.distributed)
 
 
-def world_size():
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def gather(x):
-    """The tensors `x` of all processes, of one shape, flattened and joined; alone, x.flatten()."""
-    if not dist.is_initialized():
-        return x.flatten()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts).flatten()
+    """What all processes have for `x`, any object, in a list; alone, [x]."""
+    everyone = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def sum_gradients(parameters):
     """Add up the gradients of all processes, in place."""
-    if dist.is_initialized():
-        for p in parameters:
-            if p.grad is None:  # no sample here reached it, but one elsewhere may have
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
+    for p in parameters if dist.is_initialized() else ():
+        if p.grad is None:  # no sample here reached it, but one elsewhere may have
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
 
 
 def main():

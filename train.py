@@ -49,6 +49,7 @@ from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 OWN_SEEDS = 100_003 * RANK  # a process adds it to the seed of all that it plays
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+RANDOM = [torch, torch.cuda] if torch.cuda.is_available() else [torch]  # whose random states checkpoints keep
 
 PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
 BOUNDS = {"blackjack": 0.4316, "points24": 0.7309}  # best possible success rates: computed, for an infinite deck
@@ -247,8 +248,8 @@ def sft(policy, config, run):
         answers = policy.demonstrate(games.images, [prompts.build_prompt(info, config.prompt) for info in infos],
                                      [prompts.demonstration(*pair, config.prompt) for pair in zip(infos, actions)])
         # Summed over all processes, and so all of them checkpoint at the same step, whichever the signal came to.
-        here = torch.tensor([[sum(len(answer.tokens) for answer in answers), run.signal]], dtype=torch.float64)
-        (tokens, stop), loss = gather(here).reshape(-1, 2).sum(0).tolist(), 0.0
+        tokens, stop = np.sum(gather((sum(len(answer.tokens) for answer in answers), run.signal)), 0).tolist()
+        loss = 0.0
         for i in range(0, n, config.microbatch):
             scores = policy.evaluate(answers[i: i + config.microbatch])
             part = -(scores.logp_cot + scores.logp_action).sum() / tokens
@@ -265,7 +266,7 @@ def sft(policy, config, run):
         games.step(moves, restart=rng.random(n) < config.sft_restart * (1 - step / steps))  # first states first
         done = step + 1
         if done % 50 == 0 or done == steps:
-            loss = gather(torch.tensor([loss])).sum().item()
+            loss = torch.tensor(gather(loss)).sum().item()
             bar.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
         if done % 100 == 0 or done == steps or stop:
@@ -293,7 +294,7 @@ class Collector:
         for _ in range(config.rollout_steps // config.num_envs):
             # o and v_in -> v_out -> a = f(v_out), then the games' answer
             infos = self.games.infos
-            batch = self.policy.act(self.games.images, self.prompts(infos))
+            batch = self.policy.act(self.games.images, [prompts.build_prompt(info, config.prompt) for info in infos])
             parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
                       for answer, info in zip(batch, infos)]
             step = self.games.step([action for action, _ in parsed])
@@ -321,23 +322,19 @@ class Collector:
         following = torch.cat([rollout.values[1:], self.values(self.games.images, self.games.infos)[None]])
         rollout.next_values = torch.where(rollout.truncated, rollout.next_values, following)
         if config.ratio == "token":
-            rollout.logps = pad_sequence([answer.logps.float() for answer in answers], True)
+            rollout.logps = pad_sequence([a.logps.float() for a in answers], True).unflatten(0, rollout.values.shape)
         if config.kl_coef:
             # Under the SFT policy: the same weights with the adapter off, no second model.
-            starts, n = range(0, len(answers), config.microbatch), config.microbatch
-            with torch.no_grad(), self.policy.model.disable_adapter():
-                parts = [self.policy.evaluate(answers[i: i + n]).logp_cot.cpu() for i in starts]
+            with self.policy.model.disable_adapter():
+                parts = [scores.logp_cot.cpu() for _, scores in self.policy.score(answers, config.microbatch)]
             rollout.sft_logp_cot = torch.cat(parts).reshape(rollout.values.shape)
-        totals = torch.tensor([[len(episodes), *np.reshape(episodes, (-1, 2)).sum(0), illegal]], dtype=torch.float64)
-        count, success, total, illegal = gather(totals).reshape(RANKS, -1).sum(0)
+        totals = gather([len(episodes), *np.reshape(episodes, (-1, 2)).sum(0), illegal])
+        count, success, total, illegal = torch.tensor(totals, dtype=torch.float64).sum(0)
         return rollout, {"episodes": int(count), "success_rate": (success / count).item(),
                          "mean_return": (total / count).item(), "illegal_rate": illegal.item() / config.rollout_steps}
 
     def values(self, images, infos):
-        return self.policy.value(images, self.prompts(infos)).cpu()
-
-    def prompts(self, infos):
-        return [prompts.build_prompt(info, self.config.prompt) for info in infos]
+        return self.policy.value(images, [prompts.build_prompt(info, self.config.prompt) for info in infos]).cpu()
 
 
 def reinforce(policy, config, run):
@@ -425,9 +422,7 @@ class Run:
             self.metrics.seek(0, os.SEEK_END)  # truncating leaves `tell` where it was
             self.rows = read_metrics(out)
             self.began -= self.rows[-1]["seconds"] if self.rows else 0
-        if RANKS > 1:
-            dist.broadcast_object_list(found)
-        self.file, self.state = found
+        self.file, self.state = gather(found)[0]
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -468,11 +463,8 @@ class Run:
                    if name in trained or "value_head" in name}
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": x for key, x in moments.items()}
-        state["torch_rng"] = torch.get_rng_state().tolist()
-        state["cuda_rng"] = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-        everyone = [(self.signal, state)] * RANKS
-        if RANKS > 1:
-            dist.all_gather_object(everyone, everyone[0])
+        state["torch_rng"] = [source.get_rng_state().tolist() for source in RANDOM]
+        everyone = gather((self.signal, state))
         if RANK == 0:
             header = {"stage": stage, "metrics": self.metrics.tell(), "ranks": [state for _, state in everyone]}
             content, scratch = serialize(tensors, {"state": json.dumps(header)}), self.out / "checkpoint.tmp"
@@ -494,16 +486,15 @@ class Run:
         if len(self.state["ranks"]) != RANKS:
             raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
         state, tensors, moments = self.state["ranks"][RANK], load_file(self.file), {}
-        if "torch_rng" not in state or torch.cuda.is_available() != bool(state["cuda_rng"]):
+        if len(state.get("torch_rng", ())) != len(RANDOM):
             raise Refused(f"{self.file} is of another version of this code, or of a machine with other devices")
         for key in [key for key in tensors if key.startswith("optimizer.")]:
             _, i, name = key.split(".")
             moments.setdefault(int(i), {})[name] = tensors.pop(key)
         policy.load_state_dict({key.removeprefix("policy."): x for key, x in tensors.items()}, strict=False)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(state["cuda_rng"], dtype=torch.uint8))
+        for source, kept in zip(RANDOM, state["torch_rng"]):
+            source.set_rng_state(torch.tensor(kept, dtype=torch.uint8))
         return state
 
 
@@ -515,17 +506,16 @@ def read_metrics(directory):
 def tracker(config, out):
     """A function that sends numbers, a dict, of a step to where --track says."""
     kind = getattr(config, "track", None)
-    try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out)
-            return lambda numbers, step: [board.add_scalar(name, value, step) for name, value in numbers.items()]
-        if kind == "wandb":
-            import wandb
-            board = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
-            return lambda numbers, step: board.log(numbers | {"env_steps": step})
-    except ImportError:
-        raise Refused(f"--track {kind} needs a package: pip install {kind}") from None
+    if kind and not find_spec(kind):
+        raise Refused(f"--track {kind} needs a package: pip install {kind}")
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out)
+        return lambda numbers, step: [board.add_scalar(name, value, step) for name, value in numbers.items()]
+    if kind == "wandb":
+        import wandb
+        board = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
+        return lambda numbers, step: board.log(numbers | {"env_steps": step})
     return lambda numbers, step: None
 
 
@@ -562,8 +552,8 @@ def build_policy(config, weights=None):
                        config.quantize, config.trust_remote_code)
     policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
     if adapter:
-        policy.model = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
-        policy.merge_lora()
+        tuned = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
+        policy.model = tuned.merge_and_unload().eval()
     if config.gradient_checkpointing:
         policy.checkpoint_gradients()
     return policy
@@ -723,7 +713,7 @@ def pretrain(policy, config, run, weights):
             policy.processor.save_pretrained(scratch)
             scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
         if config.sft_lora:
-            policy.merge_lora()
+            policy.model = policy.model.merge_and_unload().eval()
     elif weights == cached:
         say(f"SFT: weights reused from {cached}")
     if RANK == 0 and not (run.out / "sft").exists():
@@ -762,7 +752,7 @@ def train(policy, config, run, weights):
         policy.save(run.out)
     assess("RL" if language else "CNN + RL")
     assess("expert", expert_agent)
-    gather(torch.zeros(1))  # torchrun gives up a machine whose processes ended five minutes ago, and the run with it
+    gather(None)  # torchrun gives up a machine whose processes ended five minutes ago, and the run with it
     if RANK:
         return None
     results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in names}
@@ -790,10 +780,8 @@ def launch(parser, config, out):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # rollouts are gathered on the CPU
         dist.init_process_group(backend, timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
-    weights = [next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None)]
-    if RANKS > 1:
-        dist.broadcast_object_list(weights)  # one process looks: two might not see the same
-    weights, = weights
+    # The first process looks: another might not see the same.
+    weights = gather(next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None))[0]
     advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
               "or --max-new-tokens")
     try:

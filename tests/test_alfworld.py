@@ -120,7 +120,7 @@ def test_goal_conditions_by_hand():
     game, _ = begin("heat", 1)
 
     def rate(where, carried, hot):
-        game._where, game._carried, game._facts = where, carried, {"ishot": {(o,) for o in hot}}
+        game._where, game._carried, game._facts = where, carried, {("ishot", o) for o in hot}
         return game._rate()
     game._target, game._goal = "mug", "countertop"
     assert rate({"mug 1": "shelf 1"}, "", []) == 0 and rate({}, "mug 1", []) == 0
