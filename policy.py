@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -438,6 +439,8 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if name == "tiny":
         model, processor = build_tiny(seed, texts)
         return model.to(device, dtype), processor
+    if name[:1] in ("/", ".", "~") and not Path(name).is_dir():  # the hub would complain of a name
+        raise ValueError("there is no such folder")
     try:
         config, processor = (part.from_pretrained(name, trust_remote_code=trust_remote_code)
                              for part in (AutoConfig, AutoProcessor))

@@ -304,11 +304,13 @@ def test_a_whole_run_with_another_model(family, dtype, checkpoints, tmp_path, ca
     torch.testing.assert_close(policy.evaluate(answers).logp_action, again.evaluate(answers).logp_action)
 
 
-@pytest.mark.parametrize("what", ["no weights", "too few weights", "no chat template", "text only", "nothing", "no package"])
+@pytest.mark.parametrize("what", ["no weights", "too few weights", "no chat template", "text only", "nothing", "no folder", "no package"])
 def test_a_folder_that_holds_no_usable_model_gives_one_line(what, checkpoints, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     if what == "nothing":
         folder.mkdir()
+    elif what == "no folder":
+        pass
     elif what == "text only":
         tf.MistralForCausalLM(tf.MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                                          num_key_value_heads=2, vocab_size=50)).save_pretrained(folder)
