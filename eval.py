@@ -118,7 +118,7 @@ class ApiModel:
                 reason = f"{response.status_code} {body.decode(errors='replace')}"
                 if response.status_code < 500 and response.status_code not in (408, 429):
                     break
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 reason = type(error).__name__
             except (ValueError, TypeError, LookupError, RecursionError):
                 return ""
@@ -293,7 +293,7 @@ def main():
     add("--trials", type=count, default=1000, help="answers of --recognition")
     add("--gif", type=Path, metavar="FILE",
         help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
-    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint; its key in API_KEY")
+    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint, up to /v1; its key in API_KEY")
     add("--api-model", metavar="NAME", help="its name there")
     add("--max-requests", type=count, default=math.inf, help="of --api-base: stop before there are more")
     add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
@@ -318,7 +318,7 @@ def main():
         try:
             policy = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
         except (OSError, ValueError) as error:
-            parser.error(f"cannot use --cache {args.cache}: {error}")
+            parser.error(f"cannot use --api-base with --cache {args.cache}: {error}")
     elif not unseeing:
         import torch
 
@@ -363,7 +363,7 @@ def main():
         else:
             result |= evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
             text = f"{args.env}, seed {args.seed}\n{table({args.policy: result})}"
-    except (ApiError, OSError, ValueError) as error:  # a server refuses, an environment lacks its data, a disk is full
+    except (ApiError, httpx2.InvalidURL, OSError, ValueError) as error:  # refused, no address, no data, a full disk
         parser.error(str(error))
     if args.api_base:
         result["requests"] = policy.requests

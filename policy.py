@@ -138,6 +138,8 @@ class VLMPolicy(nn.Module):
         head = model.get_output_embeddings()
         if head.weight.dtype != torch.float32:
             head.weight = nn.Parameter(head.weight.float(), requires_grad=False)
+            if head.bias is not None:
+                head.bias.data = head.bias.float()
             model.config.tie_word_embeddings = False
         # Its input is the last hidden state, whatever the model family calls it.
         head.register_forward_pre_hook(self._keep_hidden)
@@ -350,7 +352,7 @@ class VLMPolicy(nn.Module):
             yield (batch := answers[i: i + microbatch]), self.evaluate(batch)
 
     def rescore(self, answers, microbatch):
-        """Give `Answer`s the scores of `evaluate`: bfloat16 rounds otherwise in a padded batch with a cache."""
+        """Give `Answer`s the scores of `evaluate`: bfloat16 rounds otherwise with a cache, or other padding."""
         for batch, scores in self.score(answers, microbatch):
             numbers = torch.stack([scores.logp_cot, scores.logp_action, scores.value], 1).tolist()
             for answer, row, logps in zip(batch, numbers, scores.logps.cpu()):

@@ -266,7 +266,7 @@ def sft(policy, config, run):
         games.step(moves, restart=rng.random(n) < config.sft_restart * (1 - step / steps))  # first states first
         done = step + 1
         if done % 50 == 0 or done == steps:
-            loss = torch.tensor(gather(loss)).sum().item()
+            loss = sum(gather(loss))
             bar.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
         if done % 100 == 0 or done == steps or stop:
