@@ -582,14 +582,13 @@ def memory_plan(policy, config):
         depth = getattr(eyes, "num_hidden_layers", None) or getattr(eyes, "depth", 24)
         kept, seen = 24 + 36 * layers, pixels / patch ** 2 * getattr(eyes, "hidden_size", 1024) * 30 * depth
     activations = (tokens * text.hidden_size * kept + seen) * size + config.max_new_tokens * text.vocab_size * 12
+    reading = tokens * size * (layers * heads * head_size * 2 + 36 * text.hidden_size)
     # In float32 the adapter is added to a copy of the weights.
     merged = 4 * sum(module.weight.numel() for module in linear) if model.dtype == torch.float32 else 0
     parts = {"weights": model.get_memory_footprint() + merged, "adapter and optimiser": 16 * trained,
-             "sampling": config.num_envs * tokens * size * (layers * heads * head_size * 2 + 36 * text.hidden_size),
-             "training": config.microbatch * activations}
-    parts = {name: count / 1e9 for name, count in parts.items()}
-    # Sampling and training take turns, so only the larger of the two counts.
-    return parts["weights"] + parts["adapter and optimiser"] + max(parts["sampling"], parts["training"]), parts
+             "KV cache and prompts": config.num_envs * reading, "activations": config.microbatch * activations}
+    weights, adapter, *turns = parts.values()  # sampling and training take turns, so only the larger of the two counts
+    return (weights + adapter + max(turns)) / 1e9, {name: count / 1e9 for name, count in parts.items()}
 
 
 def load_run(directory, which="rl", trust_remote_code=False):
@@ -800,7 +799,7 @@ def launch(parser, config, out):
             count = sum(p.numel() for key, p in policy.named_parameters() if "value" not in key) / 1e6
             place = f"{config.device}, {config.dtype}" + f", {RANKS} processes" * (RANKS > 1)
             say(f"{config.env}: {name} ({count:.1f} M parameters) on {place}; into {out}")
-            say(f"memory expected: {needed:.1f} GB = " + " + ".join(f"{part} {gb:.1f}" for part, gb in parts.items()))
+            say(f"memory expected: {needed:.1f} GB ({', '.join(f'{part} {gb:.1f}' for part, gb in parts.items())})")
             return train(policy, config, run, weights)
     except Timeout:
         parser.error(f"another process is training in {out}")
