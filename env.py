@@ -674,12 +674,12 @@ class ALFWorldEnv(Game):
         super().__init__(render_mode, obs)
 
     def deal(self):
-        loaded = [{"solvable": False}]
-        while not loaded[0].get("solvable", True):  # a few games of the data set are not, and say so
+        while True:
             names = self.names[self.np_random.integers(len(self.names))]
             self.game = names[self.np_random.integers(len(names))]
             loaded = self._load(self.game)
-        self._begin(*loaded)
+            if loaded[0].get("solvable", True):  # a few games of the data set are not, and say so
+                return self._begin(*loaded)
 
     def _load(self, name):
         return data_game(self.data / name) if self.data else kept_game(self.split, name)

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import interpolate
-from torch.nn.utils.rnn import pad_sequence
 from huggingface_hub.utils.logging import set_verbosity_error as quiet_hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import interpolate
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, LlavaConfig,
     LlavaForConditionalGeneration, LlavaProcessor)

@@ -575,9 +575,9 @@ def memory_plan(policy, config):
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Measured in bfloat16: a layer of width D keeps 36 D values a token (CLIP's 30), with checkpoints its input alone;
     # the backward pass of one layer needs 24 D beside them, reading prompts 36 D. The float32 logits are there thrice.
-    eyes = getattr(model.config, "vision_config", None)
     kept, seen = 60 + layers, 0
     if not config.gradient_checkpointing:
+        eyes = getattr(model.config, "vision_config", None)
         pixels, patch = inputs[0]["pixel_values"].numel() / 3, np.ravel(getattr(eyes, "patch_size", 14))[0]
         depth = getattr(eyes, "num_hidden_layers", None) or getattr(eyes, "depth", 24)
         kept, seen = 24 + 36 * layers, pixels / patch ** 2 * getattr(eyes, "hidden_size", 1024) * 30 * depth

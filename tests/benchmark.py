@@ -276,9 +276,10 @@ def plans(config):
     """Print the memory that training of the whole model expects, as a table: flags, parts and peak in GB."""
     policy = random_llava(config, 1, "meta")
     linear = sum(m.weight.numel() for m in policy.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16)
-    for flags, saved in (({}, 0), ({"microbatch": 4}, 0), ({"microbatch": 4, "gradient_checkpointing": False}, 0), ({"lora_rank": 32, "num_envs": 8}, 0),
-                         # Four bits a weight and a float32 scale for every 64, instead of 16 bits.
-                         ({"quantize": "4bit"}, (2 - 4 / 8 - 4 / 64) * linear / 1e9), ({"quantize": "4bit", "lora_rank": 32, "num_envs": 8}, (2 - 4 / 8 - 4 / 64) * linear / 1e9)):
+    for flags in ({}, {"microbatch": 4}, {"microbatch": 4, "gradient_checkpointing": False}, {"lora_rank": 32, "num_envs": 8},
+                  {"quantize": "4bit"}, {"quantize": "4bit", "lora_rank": 32, "num_envs": 8}):
+        # Four bits a weight and a float32 scale for every 64, instead of 16 bits.
+        saved = (2 - 4 / 8 - 4 / 64) * linear / 1e9 if "quantize" in flags else 0
         peak, parts = train.memory_plan(policy, argparse_namespace(**vars(config) | flags))
         parts["weights"] -= saved
         print(f"{' '.join(f'{flag}={value}' for flag, value in flags.items()) or 'the preset':<40} "
@@ -324,7 +325,7 @@ def paper_model(config, rounds, file, part):
         print(f"update, microbatch {microbatch:2}: {rate:.3g} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.3g}", flush=True)
     n = min(32, sizes[-1])
     # In bfloat16 each step is scored once more before its update.
-    hours = 15_000 * (step_seconds[n] + (config.epochs + (part == 1) * flops["forward"] / work) / best) / 3600
+    hours = 15_000 * (step_seconds[n] + (config.epochs + (policy.model.dtype == torch.bfloat16) * flops["forward"] / work) / best) / 3600
     # On a CPU without what Python and libraries take.
     memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else memory + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB, expected {planned:.1f}")
