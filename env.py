@@ -1,23 +1,25 @@
-"""The tasks: Gymnasium environments whose observation is a picture and whose actions are short texts.
+"""The tasks: Gymnasium environments that show a picture and take short texts as actions.
 
     env = gymnasium.make("GymCards/Blackjack-v0")
     image, info = env.reset(seed=0)              # image: (300, 300, 3) uint8
     image, reward, terminated, truncated, info = env.step(info["legal_actions"].index("hit"))
 
 `info`, at every reset and step, holds `legal_actions` (list of str; an action is an index into it),
-`success` (bool: the episode is over and its return is positive; ALFWorld: the task is done) and the true state behind
-the picture, under the names that each class lists. The model never sees the state; prompts and experts do.
+`success` (bool) and the true state behind the picture. The model never sees the state; prompts and
+experts do.
+
+Read `Game`, `BlackjackEnv` and `Games`. The other games have the same form. Everything below the
+line "Machinery" can wait: drawing, the best play of each game, and ALFWorld.
 
 `python env.py --env points24` plays a game in the terminal.
 """
 import argparse
 import ast
 import contextlib
-import inspect
+import copy
 import io
 import itertools
 import json
-import math
 import operator
 import os
 import re
@@ -29,266 +31,270 @@ from fractions import Fraction
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 SIZE = 300  # height and width of every picture, in pixels
-RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
+OBSERVATIONS = ("image", "marked", "text")
+CARD_RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 SUITS = ["S", "H", "D", "C"]
-PAPER, INK, TABLE = "#f4f1ea", "#101820", "#1d6b4f"  # the table is green felt
 NUMBERS = [str(n) for n in range(1, 11)]
 
-# ---------------------------------------------------------------------------------------------------
-# Drawing
+PAPER = "#f4f1ea"
+INK = "#101820"
+TABLE = "#1d6b4f"  # green felt
 
-
-font = cache(ImageFont.load_default)  # of so many pixels; Pillow's built-in scalable font: no font file to ship
-
-
-@lru_cache(maxsize=4096)
-def text_mask(text, pixels, max_width, bold):
-    if (width := font(pixels).getlength(text)) > max_width:
-        pixels = max(8, int(pixels * max_width / width))
-    mask = Image.new("L", (2 * int(font(pixels).getlength(text) / 2 + bold + 2), 2 * pixels))
-    ImageDraw.Draw(mask).text((mask.width // 2, pixels), text, 255, font(pixels), anchor="mm", stroke_width=bold)
-    return mask
-
-
-def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16, bold=0):
-    """Write `text` centred at (x, y), shrunk until it fits into `max_width` pixels."""
-    mask = text_mask(text, pixels, max_width, bold)
-    picture.paste(color, (center[0] - mask.width // 2, center[1] - mask.height // 2), mask)
-
-
-# Shapes are written as (e)llipses, (r)ectangles and (p)olygons, each with a colour's letter and coordinates; suits on a
-# grid of 200 x 200. The sides of heart and spade leave each lobe where its tangent passes through the tip: no corner.
-SUIT_SHAPES = {
-    "S": "e c 4 80 104 180 e c 96 80 196 180 p c 100 0 11 105 60 150 140 150 189 105 p c 100 120 140 200 60 200",
-    "H": "e c 4 20 104 120 e c 96 20 196 120 p c 100 200 11 95 60 50 140 50 189 95",
-    "D": "p c 100 0 175 100 100 200 25 100",
-    "C": "e c 52 2 148 98 e c 2 77 98 173 e c 102 77 198 173 p c 100 100 140 200 60 200"}
-
-
-def draw_shape(draw, shape, x, y, scale, colors):
-    """Draw a shape with its grid's corner at (x, y), `scale` pixels a unit; colors: letter -> colour."""
-    for form, color, numbers in re.findall(r"([erp]) (\w)((?: \d+)+)", shape):
-        points = [(x, y)[i % 2] + int(n) * scale for i, n in enumerate(numbers.split())]
-        {"e": draw.ellipse, "r": draw.rectangle, "p": draw.polygon}[form](points, colors[color])
-
-
-@cache
-def card_picture(card, width):
-    """A card ("10H"; "" is a card face down) on the table, as a picture of width x 1.5 width pixels."""
-    s = 4  # drawn four times too large and shrunk, for smooth edges
-    w, h = width * s, width * s * 3 // 2
-    picture = Image.new("RGBA", (w, h))
-    draw = ImageDraw.Draw(picture)
-    draw.rounded_rectangle([s, s, w - s, h - s], w // 10, "white", "#555555", s)
-    if card:
-        rank, suit = card[:-1], card[-1]
-        color = "#c8102e" if suit in "HD" else INK
-        # A large rank over a large suit: what a card needs to be read at a third of its size.
-        for x, digit in [(0.27, "1"), (0.65, "0")] if rank == "10" else [(0.5, rank)]:
-            draw.text((x * w, 0.45 * w), digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=s)
-        r = 0.26 * w  # the suit is 2 r wide
-        draw_shape(draw, SUIT_SHAPES[suit], w / 2 - r, 1.12 * w - r, r / 100, {"c": color})
-    else:
-        back = Image.new("RGBA", (w, h), "#28518f")
-        for x in range(-h, w, w // 6):
-            ImageDraw.Draw(back).line([(x, 0), (x + h, h)], "#86abdf", 2 * s)
-            ImageDraw.Draw(back).line([(x + h, 0), (x, h)], "#86abdf", 2 * s)
-        mask = Image.new("L", (w, h))
-        ImageDraw.Draw(mask).rounded_rectangle([w // 11, w // 11, w - w // 11, h - w // 11], w // 16, 255)
-        picture.paste(back, mask=mask)
-    card = picture.resize((width, width * 3 // 2), Image.LANCZOS)
-    return Image.alpha_composite(Image.new("RGBA", card.size, TABLE), card).convert("RGB")
-
-
-def draw_cards(picture, cards, x, y, pitch):
-    """Lay `cards` in a row from (x, y), one every `pitch` pixels, or closer to make them fit; returns their boxes."""
-    pitch = min(pitch, (SIZE - x) // len(cards))
-    width = pitch - max(pitch // 12, 2)
-    boxes = [(x + i * pitch, y, x + i * pitch + width, y + width * 3 // 2) for i in range(len(cards))]
-    for card, box in zip(cards, boxes):
-        picture.paste(card_picture(card, width), box)
-    return boxes
-
-
-# ---------------------------------------------------------------------------------------------------
-# Formulas, exactly
-
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-PARSED = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATORS.values()))
-MAX_ENTRIES = 64  # longer than any game allows; keeps exact fractions of hostile input small
-
-
-def evaluate_formula(entries):
-    """Value of a formula given as a list of entries such as ["8", "/", "(", "3", ...], as a Fraction.
-
-    Infix notation with + - * / and brackets, no unary minus. None if it is malformed, divides by zero or
-    has more than MAX_ENTRIES entries. Python parses it, which runs nothing: no `eval`.
-    """
-    def value(node):
-        if isinstance(node, ast.BinOp):
-            return PARSED[type(node.op)](value(node.left), value(node.right))
-        return Fraction(node.value)  # AttributeError for "- 1", "3 ( 4 )" and "( )", which Python would parse, too
-
-    if len(entries) <= MAX_ENTRIES and {*entries} <= {*NUMBERS, *OPERATORS, "(", ")"}:
-        with contextlib.suppress(SyntaxError, AttributeError, ZeroDivisionError):
-            return value(ast.parse(" ".join(entries), mode="eval").body)
-    return None
-
-
-def expressions(numbers):
-    """Yield every way to combine the sorted tuple `numbers` as (value, precedence, entries).
-
-    Brackets only where they are needed; precedence 3 marks a lone number. Values are floats: fast, and good
-    enough to *find* solutions, which `solutions` then checks exactly.
-    """
-    if len(numbers) == 1:
-        yield float(numbers[0]), 3, (str(numbers[0]),)
-    indices = range(len(numbers))
-    for picked in itertools.chain.from_iterable(itertools.combinations(indices, k) for k in indices if k):
-        left = parts(tuple(numbers[i] for i in picked))
-        right = parts(tuple(numbers[i] for i in indices if i not in picked))
-        for (a, pa, ea), (b, pb, eb), sign in itertools.product(left, right, OPERATORS):
-            if sign == "/" and abs(b) < 1e-9:
-                continue
-            precedence = 1 if sign in "+-" else 2
-            # a-(b-c) and a/(b/c) need their brackets; a+(b-c) and a*(b/c) read the same without.
-            bracket = pb < precedence or (pb == precedence and sign in "-/")
-            yield (OPERATORS[sign](a, b), precedence,
-                   (*(("(", *ea, ")") if pa < precedence else ea), sign, *(("(", *eb, ")") if bracket else eb)))
-
-
-@cache
-def parts(numbers):
-    return list(dict.fromkeys(expressions(numbers)))  # without repeats, in a fixed order
-
-
-@cache
-def solutions(numbers, target):
-    """All formulas over the sorted tuple `numbers` worth `target`, as tuples of entries, shortest first."""
-    found = {entries for value, _, entries in expressions(numbers) if abs(value - target) < 1e-6}
-    return sorted((e for e in found if evaluate_formula(e) == target), key=lambda e: (len(e), e))
-
-
-def solve(numbers, target, formula=()):
-    """The shortest formula over all of `numbers` that equals `target` and begins with the entries `formula`.
-
-    Returns a tuple of entries, or None where there is none.
-    """
-    formula = tuple(formula)
-    return next((s for s in solutions(tuple(sorted(numbers)), target) if s[: len(formula)] == formula), None)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Environments
-
-
-def card_number(card):
-    """What a card such as "10H" counts: A 1, J, Q and K 10."""
-    return min(RANKS.index(card[:-1]) + 1, 10)
+# --------------------------------------------------------------------------------------------------
+# What all games share
 
 
 class Game(gym.Env):
-    """A game played with short text actions. A subclass has a `name` and `actions`, and writes
+    """A game with pictures as observations and short texts as actions. A subclass writes:
 
-    deal()          begin an episode, with randomness from `self.np_random` alone
-    play(action)    play the text `action`; returns (reward, terminated, truncated)
-    state()         the true state behind the picture, as a dict for `info`
-    draw()          the picture as a new PIL image of SIZE x SIZE
-    expert(info)    static: the best legal action (str) in the state that `info` holds
+    name           the task's name, a key of GAMES (str)
+    actions        all actions (tuple of str); if they change at each step, also legal_actions()
+    saved          the attributes that an episode consists of (tuple of str). A checkpoint keeps
+                   them as JSON: int, float, bool, str, None, and lists and dicts of these.
+                   Whatever else deal() sets has a name that begins with "_", and is not kept.
+    deal()         begins an episode: sets all attributes in `saved`. All chance comes from
+                   self.np_random, so that a seed fixes the episode.
+    play(action)   plays the text `action`; returns (reward, terminated, truncated)
+    state()        returns the true state behind the picture, as a dict for `info`
+    draw()         returns the picture, a new PIL image of SIZE x SIZE
+    expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
-    obs: "image"; "marked", what matters boxed and labelled; or "text", a grey picture (the prompt tells the state).
+    `info` always has `env` (the name), `obs`, `legal_actions` (list of str) and `success` (bool:
+    the episode is over and its return is positive), and all keys of state().
 
-    Raises what Gymnasium raises: `ResetNeeded` before the first reset and after the end, `InvalidAction` for
-    an action outside the action space.
+    obs: "image"; "marked", a picture in which boxes with labels show what matters; or "text", a
+    grey picture (the prompt then tells the state in words).
+
+    Raises Gymnasium's own errors: `ResetNeeded` before the first reset and after an episode's end,
+    `InvalidAction` for an action outside the action space.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
-    name: str       # of the task, a key of GAMES
-    actions: tuple  # of str
-    illegal_penalty = 0.0  # what the trainer subtracts from the reward where an answer named no legal action
-    evaluation = {}  # arguments of the environment for evaluation, where it has episodes that training never sees
-    marks = ()       # what matters in the last picture: pairs of a label and a box (left, top, right, bottom)
+    name: str
+    actions: tuple
+    saved = ()
+    marks = ()             # for obs="marked": pairs of a label and a box (left, top, right, bottom)
+    illegal_penalty = 0.0  # the trainer subtracts this if an answer names no legal action
+    evaluation = {}        # arguments for evaluation, if it plays episodes that training never sees
 
     def __init__(self, render_mode=None, obs="image"):
-        self.render_mode, self.obs = render_mode, obs
+        if obs not in OBSERVATIONS:
+            raise ValueError(f"obs {obs!r} is not one of {', '.join(OBSERVATIONS)}")
+        self.render_mode = render_mode
+        self.obs = obs
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.actions))
-        self.fixed = {*vars(self), "fixed", "spec", "marks"}  # the rest belongs to the episode
         self.over = True
+        self.episode_return = 0.0
+        self._checked = False
 
     def legal_actions(self):
         return list(self.actions)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.over, self.episode_return = False, 0.0
+        self.over = False
+        self.episode_return = 0.0
+
+        attributes = dict(vars(self))
         self.deal()
+        if not self._checked:  # once is enough
+            check_saved(self, attributes)
+            self._checked = True
         return self.render(), self._info()
 
     def step(self, action):
         if self.over:
-            raise gym.error.ResetNeeded("The episode is over (or has not begun): call reset() first")
+            raise gym.error.ResetNeeded("No episode has begun, or it is over: call reset() first")
         if not self.action_space.contains(action):
-            raise gym.error.InvalidAction(f"{action!r} is not an action: an integer in [0, {self.action_space.n})")
+            last = self.action_space.n - 1
+            raise gym.error.InvalidAction(f"{action!r} is not an action: an integer, 0 to {last}")
+
         reward, terminated, truncated = self.play(self.legal_actions()[action])
-        self.episode_return += reward
-        self.over = terminated or truncated
+        self.episode_return += float(reward)
+        self.over = bool(terminated or truncated)
         return self.render(), float(reward), terminated, truncated, self._info()
 
     def _info(self):
-        return {"env": self.name, "obs": self.obs, "legal_actions": self.legal_actions(),
-                "success": bool(self.over and self.episode_return > 0), **self.state()}
+        info = {
+            "env": self.name,
+            "obs": self.obs,
+            "legal_actions": self.legal_actions(),
+            "success": bool(self.over and self.episode_return > 0),
+        }
+        return info | self.state()
 
     def render(self):
+        """Return the observation, (300, 300, 3) uint8."""
         if self.obs == "text":
             return np.full((SIZE, SIZE, 3), 128, np.uint8)
         picture = self.draw()
-        for label, box in self.marks if self.obs == "marked" else ():
-            ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
-            draw_text(picture, label, ((box[0] + box[2]) // 2, box[1] - 11), 18, "#f0b000", bold=1)
+        if self.obs == "marked":
+            draw_marks(picture, self.marks)
         return np.array(picture)
 
     def snapshot(self):
-        """All that the rest of the episode depends on, as a dict that JSON holds: what `deal` and `play` set."""
-        kept = {key: value for key, value in vars(self).items() if key not in self.fixed and key[0] != "_"}
-        return kept | {"chance": self.np_random.bit_generator.state}
+        """Return all that the rest of the episode depends on, as a dict that JSON can hold."""
+        check_json(self)
+        names = ("over", "episode_return", *self.saved)
+        snapshot = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        snapshot["chance"] = self.np_random.bit_generator.state
+        return snapshot
 
     def restore(self, snapshot):
-        """Go on from a `snapshot`; returns (picture, info)."""
+        """Go on from a `snapshot`; return (picture, info)."""
+        for name in ("over", "episode_return", *self.saved):
+            setattr(self, name, copy.deepcopy(snapshot[name]))
         self.np_random.bit_generator.state = snapshot["chance"]
-        vars(self).update({key: value for key, value in snapshot.items() if key != "chance"})
         return self.render(), self._info()
 
-    def deal_cards(self, ranks):
-        """A card of a random suit for each index into RANKS: "AS" for 0, "10H" for 9, ..."""
-        return [RANKS[rank] + SUITS[self.np_random.integers(4)] for rank in ranks]
+
+# --------------------------------------------------------------------------------------------------
+# The games: each with its rule, its reward and its expert
+
+
+class BlackjackEnv(Game):
+    """Blackjack by Gymnasium's rules: infinite deck, no bonus for a natural.
+
+    The dealer draws up to 17, and stands on a soft 17. Reward: +1, 0 or -1 for a win, a draw or a
+    loss. State: `player` (cards such as "10H"), `player_total` (one ace counts 11 if that does not
+    bust), `dealer_card`.
+    """
+    name = "blackjack"
+    actions = ("stand", "hit")
+    saved = ("player", "dealer")  # cards
+
+    def deal(self):
+        self.player = random_cards(self.np_random, 2)
+        self.dealer = random_cards(self.np_random, 2)
+
+    def play(self, action):
+        # The player draws a card, and loses above 21
+        if action == "hit":
+            self.player += random_cards(self.np_random, 1)
+            if best_total(self.player) > 21:
+                return -1, True, False
+            return 0, False, False
+
+        # The player stands, so the dealer plays
+        while best_total(self.dealer) < 17:
+            self.dealer += random_cards(self.np_random, 1)
+
+        # Compare the two hands
+        player = best_total(self.player)
+        dealer = best_total(self.dealer)
+        if dealer > 21 or player > dealer:
+            reward = 1
+        elif player < dealer:
+            reward = -1
+        else:
+            reward = 0
+        return reward, True, False
+
+    def state(self):
+        return {
+            "player": list(self.player),
+            "player_total": best_total(self.player),
+            "dealer_card": self.dealer[0],
+        }
+
+    @staticmethod
+    def expert(info):
+        """The action with the larger expected return, by dynamic programming."""
+        hard, has_ace = hard_total(info["player"])
+        stand, hit = blackjack_values(hard, has_ace, card_number(info["dealer_card"]))
+        return "stand" if stand >= hit else "hit"
+
+    def draw(self):
+        picture = Image.new("RGB", (SIZE, SIZE), TABLE)
+        draw_text(picture, "Dealer", (64, 38), 32, PAPER)
+        draw_text(picture, "Player", (64, 164), 32, PAPER)
+        ImageDraw.Draw(picture).line([(0, 146), (SIZE, 146)], "#3f8d6f", 2)
+
+        # While the player plays, the dealer's second card lies face down
+        dealer = self.dealer if self.over else [self.dealer[0], FACE_DOWN]
+        dealer_boxes = draw_cards(picture, dealer, 2, 64, 60)
+        player_boxes = draw_cards(picture, self.player, 2, 186, 60)
+
+        self.marks = [("dealer", dealer_boxes[0])]
+        for number, box in enumerate(player_boxes, 1):
+            self.marks.append((f"you {number}", box))
+        return picture
+
+
+def random_cards(rng, count):
+    """Draw `count` cards, such as "AS" or "10H", from an infinite deck."""
+    return random_suits(rng, rng.integers(0, 13, count))
+
+
+def random_suits(rng, ranks):
+    """Return a card of a random suit for each of `ranks`, which are indices into CARD_RANKS."""
+    return [CARD_RANKS[rank] + SUITS[rng.integers(4)] for rank in ranks]
+
+
+def card_number(card):
+    """What a card such as "10H" counts: an ace 1; jack, queen and king 10."""
+    return min(CARD_RANKS.index(card[:-1]) + 1, 10)
+
+
+def hard_total(cards):
+    """Return (sum of a hand with aces as 1, whether it has an ace)."""
+    numbers = [card_number(card) for card in cards]
+    return sum(numbers), 1 in numbers
+
+
+def hand_total(hard, has_ace):
+    """Best total of a hand worth `hard` with aces as 1: one ace counts 11 if that does not bust."""
+    if has_ace and hard <= 11:
+        return hard + 10
+    return hard
+
+
+def best_total(cards):
+    """Best total of a hand of blackjack."""
+    hard, has_ace = hard_total(cards)
+    return hand_total(hard, has_ace)
 
 
 class NumberLineEnv(Game):
-    """Walk from `current` to `target`, both in 0..5, by `+` and `-` (a step past an end stays there).
+    """Walk from `current` to `target`, both in 0..5, by `+` and `-`. At an end, a step stays there.
 
-    Reward +1 on reaching the target, -1 for a step that does not come closer, else 0. Truncated after 10 steps.
-    State: `target`, `current` (int).
+    Reward: +1 on reaching the target, -1 for a step that does not come closer, else 0. Ten steps
+    truncate the episode. State: `target`, `current` (int).
     """
-    name, actions = "numberline", ("+", "-")
+    name = "numberline"
+    actions = ("+", "-")
+    saved = ("target", "current", "steps")
 
     def deal(self):
-        self.target, self.current = map(int, self.np_random.choice(6, 2, replace=False))
+        target, current = self.np_random.choice(6, 2, replace=False)
+        self.target = int(target)
+        self.current = int(current)
         self.steps = 0
 
     def play(self, action):
-        before = abs(self.target - self.current)
-        self.current = min(max(self.current + (1 if action == "+" else -1), 0), 5)
+        old_distance = abs(self.target - self.current)
+        move = 1 if action == "+" else -1
+        self.current = min(max(self.current + move, 0), 5)
         self.steps += 1
-        reached = self.current == self.target
-        reward = 1 if reached else -1 if abs(self.target - self.current) >= before else 0
-        return reward, reached, not reached and self.steps >= 10
+        distance = abs(self.target - self.current)
+
+        if distance == 0:
+            reward = 1
+        elif distance >= old_distance:
+            reward = -1
+        else:
+            reward = 0
+
+        terminated = distance == 0
+        truncated = self.steps >= 10 and not terminated
+        return reward, terminated, truncated
 
     def state(self):
         return {"target": self.target, "current": self.current}
@@ -300,754 +306,152 @@ class NumberLineEnv(Game):
     marks = (("target", (206, 44, 274, 136)), ("current", (206, 164, 274, 256)))
 
     def draw(self):
-        return self._draw(self.target, self.current).copy()
-
-    @staticmethod
-    @cache  # a sixth of the time of drawing
-    def _draw(target, current):
         picture = Image.new("RGB", (SIZE, SIZE), PAPER)
-        for y, color, name, number in ((90, "#1f6f54", "Target:", target), (210, "#28518f", "Current:", current)):
-            ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
-            draw_text(picture, name, (100, y), 40, PAPER)
-            draw_text(picture, str(number), (240, y), 84, "white", bold=3)
+        self._draw_row(picture, 90, "#1f6f54", "Target:", self.target)
+        self._draw_row(picture, 210, "#28518f", "Current:", self.current)
         return picture
+
+    def _draw_row(self, picture, y, color, label, number):
+        ImageDraw.Draw(picture).rounded_rectangle([8, y - 54, SIZE - 8, y + 54], 16, color)
+        draw_text(picture, label, (100, y), 40, PAPER)
+        draw_text(picture, str(number), (240, y), 84, "white", bold=3)
 
 
 class PointsGame(Game):
-    """Write a formula, one entry a step, that uses every card once and equals `target`; `=` ends it.
+    """Write a formula, one entry a step, that uses each card once and equals `target`; `=` ends it.
 
-    Reward: for `=` 10 if the formula is right, else -1; -1 for a number that is not a card still unused (it
-    is written down all the same, so the formula is spoilt); else 0. An entry that finds all `max_entries`
-    places taken truncates the episode with -1. A counts 1; J, Q, K count 10.
+    Reward: 10 for `=` after a right formula, -1 after a wrong one. -1 for a number that is not on
+    an unused card; it is written down all the same and spoils the formula. 0 for other entries.
+    After `max_entries` entries, one more truncates the episode with -1.
+    A counts 1; J, Q and K count 10.
+
     State: `cards` (such as "10H"), `numbers` (int), `formula` (list of str, the entries so far).
+    A subclass sets `target` and `max_entries`, and chooses the cards in deal_ranks().
     """
+    saved = ("cards", "numbers", "formula")
     target: int
     max_entries: int
 
     def deal(self):
-        self.cards = self.deal_cards(self.deal_ranks())  # a subclass chooses the ranks: indices into RANKS, one a card
+        self.cards = random_suits(self.np_random, self.deal_ranks())
         self.numbers = [card_number(card) for card in self.cards]
         self.formula = []
 
     def play(self, action):
-        used = sorted(int(entry) for entry in self.formula if entry in NUMBERS)
+        used = [int(entry) for entry in self.formula if entry in NUMBERS]
+
+        # The formula is handed in
         if action == "=":
-            right = used == sorted(self.numbers) and evaluate_formula(self.formula) == self.target
-            return (10 if right else -1), True, False
+            uses_each_card_once = sorted(used) == sorted(self.numbers)
+            if uses_each_card_once and evaluate_formula(self.formula) == self.target:
+                return 10, True, False
+            return -1, True, False
+
+        # No place is left for another entry
         if len(self.formula) == self.max_entries:
             return -1, False, True
+
+        # The entry is written down
         self.formula.append(action)
-        spare = action not in NUMBERS or used.count(int(action)) < self.numbers.count(int(action))
-        return (0 if spare else -1), False, False
+        unused = Counter(self.numbers) - Counter(used)
+        if action in NUMBERS and int(action) not in unused:
+            return -1, False, False
+        return 0, False, False
+
+    def state(self):
+        return {
+            "cards": list(self.cards),
+            "numbers": list(self.numbers),
+            "formula": list(self.formula),
+        }
 
     @classmethod
     def expert(cls, info):
-        """The next entry of the shortest right formula; `=` where none can be reached any more."""
-        formula = solve(info["numbers"], cls.target, info["formula"])
-        return "=" if formula is None else (*formula, "=")[len(info["formula"])]
-
-    def state(self):
-        return {"cards": list(self.cards), "numbers": list(self.numbers), "formula": list(self.formula)}
+        """The next entry of the shortest right formula; `=` if none can be reached any more."""
+        solution = solve(info["numbers"], cls.target, info["formula"])
+        position = len(info["formula"])
+        if solution is None or position == len(solution):
+            return "="
+        return solution[position]
 
     def draw(self):
         picture = Image.new("RGB", (SIZE, SIZE), TABLE)
+
+        # The cards, in the middle of the picture's width
         pitch = min(120, (SIZE - 4) // len(self.cards))
-        boxes = draw_cards(picture, self.cards, (SIZE - pitch * len(self.cards)) // 2 + pitch // 24, 40, pitch)
+        left = (SIZE - pitch * len(self.cards)) // 2 + pitch // 24
+        card_boxes = draw_cards(picture, self.cards, left, 40, pitch)
+
+        # The formula, on a strip of paper
         paper = (10, 236, SIZE - 10, 288)
-        self.marks = [*((f"card {i}", box) for i, box in enumerate(boxes, 1)), ("formula", paper)]
         ImageDraw.Draw(picture).rounded_rectangle(paper, 10, PAPER)
-        draw_text(picture, "".join(self.formula) or f"make {self.target}", (SIZE // 2, 262), 36,
-                  INK if self.formula else "#a09a8c", SIZE - 32)
+        if self.formula:
+            draw_text(picture, "".join(self.formula), (150, 262), 36, INK, SIZE - 32)
+        else:
+            draw_text(picture, f"make {self.target}", (150, 262), 36, "#a09a8c", SIZE - 32)
+
+        self.marks = [(f"card {number}", box) for number, box in enumerate(card_boxes, 1)]
+        self.marks.append(("formula", paper))
         return picture
 
 
 class EZPointsEnv(PointsGame):
-    __doc__ = "Two cards, 12 points, entries 1..10 + * =. Every hand can be solved.\n\n" + PointsGame.__doc__
-    name, actions = "ezpoints", (*NUMBERS, "+", "*", "=")
-    target, max_entries = 12, 5
+    """`PointsGame` with two cards and 12 points. Every hand can be solved."""
+    name = "ezpoints"
+    actions = (*NUMBERS, "+", "*", "=")
+    target = 12
+    max_entries = 5
 
     def deal_ranks(self):
-        """A uniform number x in 2..10, then 12 - x, or 12 / x half of the time when x divides 12."""
+        """A uniform x in 2..10, and 12 - x; if 12 / x is whole, half of the time 12 / x instead."""
         x = int(self.np_random.integers(2, 11))
-        y = 12 // x if 12 % x == 0 and self.np_random.random() < 0.5 else 12 - x
-        return [n - 1 if n < 10 else int(self.np_random.integers(9, 13)) for n in (x, y)]  # 10, J, Q or K
+        y = 12 - x
+        if 12 % x == 0 and self.np_random.random() < 0.5:
+            y = 12 // x
+
+        ranks = []
+        for number in (x, y):
+            if number < 10:
+                ranks.append(number - 1)
+            else:
+                ranks.append(int(self.np_random.integers(9, 13)))  # 10, J, Q or K
+        return ranks
 
 
 class Points24Env(PointsGame):
-    __doc__ = "Four cards, 24 points; some hands have no solution.\n\n" + PointsGame.__doc__
-    name, actions = "points24", (*NUMBERS, "+", "-", "*", "/", "(", ")", "=")
-    target, max_entries = 24, 20
+    """`PointsGame` with four cards and 24 points. Some hands have no solution."""
+    name = "points24"
+    actions = (*NUMBERS, "+", "-", "*", "/", "(", ")", "=")
+    target = 24
+    max_entries = 20
 
     def deal_ranks(self):
         return self.np_random.integers(0, 13, 4)
 
 
-CARD_PROBABILITY = {number: (4 if number == 10 else 1) / 13 for number in range(1, 11)}  # an infinite deck
+# --------------------------------------------------------------------------------------------------
+# All games by their names, and many at once
 
-
-def hand_total(hard, ace):
-    """Best total of a hand worth `hard` with aces as 1: one ace counts 11 where that does not bust."""
-    return hard + 10 if ace and hard <= 11 else hard
-
-
-@cache
-def dealer_totals(hard, ace):
-    """Probability of each final total of a dealer who draws to 17, as a tuple of (total, probability); 22 is bust."""
-    total = hand_total(hard, ace)
-    if total >= 17:
-        return ((min(total, 22), 1.0),)
-    totals = dict.fromkeys(range(17, 23), 0.0)
-    for number, p in CARD_PROBABILITY.items():
-        for final, q in dealer_totals(hard + number, ace or number == 1):
-            totals[final] += p * q
-    return tuple(totals.items())
-
-
-@cache
-def blackjack_values(hard, ace, dealer, loss=-1.0):
-    """Values of (standing, hitting) under best play from there on: a win counts 1, a draw 0, a loss `loss`.
-
-    hard, ace: as for `hand_total`; dealer: the number on the face-up card, 1 to 10. With loss=-1 the value is
-    the expected return, with loss=0 the probability of a win.
-    """
-    total = hand_total(hard, ace)
-    stand = sum(p * (1 if final == 22 or total > final else loss if total < final else 0)
-                for final, p in dealer_totals(dealer, dealer == 1))
-    hit = sum(p * (loss if hard + n > 21 else max(blackjack_values(hard + n, ace or n == 1, dealer, loss)))
-              for n, p in CARD_PROBABILITY.items())
-    return stand, hit
-
-
-class BlackjackEnv(Game):
-    """Blackjack by Gymnasium's rules: infinite deck, the dealer draws to 17 (and stands on a soft 17), no
-    bonus for a natural.
-
-    Reward +1 / 0 / -1 for a win, a draw, a loss. State: `player` (cards such as "10H"), `player_total` (an
-    ace counts 11 where that does not bust), `dealer_card`.
-    """
-    name, actions = "blackjack", ("stand", "hit")
-
-    def deal(self):
-        self.player, self.dealer = self._draw_cards(2), self._draw_cards(2)
-
-    def _draw_cards(self, n):
-        return self.deal_cards(self.np_random.integers(0, 13, n))
-
-    @staticmethod
-    def _hard(cards):
-        """(Sum with aces as 1, whether there is an ace): the arguments of `hand_total`."""
-        numbers = [card_number(card) for card in cards]
-        return sum(numbers), 1 in numbers
-
-    def play(self, action):
-        if action == "hit":
-            self.player += self._draw_cards(1)
-            bust = self._hard(self.player)[0] > 21
-            return (-1 if bust else 0), bust, False
-        while hand_total(*self._hard(self.dealer)) < 17:
-            self.dealer += self._draw_cards(1)
-        player, dealer = (hand_total(*self._hard(cards)) for cards in (self.player, self.dealer))
-        return (1 if dealer > 21 or player > dealer else -1 if player < dealer else 0), True, False
-
-    def state(self):
-        return {"player": list(self.player), "player_total": hand_total(*self._hard(self.player)),
-                "dealer_card": self.dealer[0]}
-
-    @staticmethod
-    def expert(info):
-        """The action of the larger expected return, by dynamic programming."""
-        stand, hit = blackjack_values(*BlackjackEnv._hard(info["player"]), card_number(info["dealer_card"]))
-        return "stand" if stand >= hit else "hit"
-
-    @staticmethod
-    @cache
-    def _table():
-        picture = Image.new("RGB", (SIZE, SIZE), TABLE)
-        for y, name in ((38, "Dealer"), (164, "Player")):
-            draw_text(picture, name, (64, y), 32, PAPER)
-        ImageDraw.Draw(picture).line([(0, 146), (SIZE, 146)], "#3f8d6f", 2)
-        return picture
-
-    def draw(self):
-        picture = self._table().copy()
-        # While the player plays, the dealer's second card lies face down.
-        dealer = draw_cards(picture, self.dealer if self.over else [self.dealer[0], ""], 2, 64, 60)
-        player = draw_cards(picture, self.player, 2, 186, 60)
-        self.marks = [("dealer", dealer[0]), *((f"you {i}", box) for i, box in enumerate(player, 1))]
-        return picture
-
-
-# ---------------------------------------------------------------------------------------------------
-# ALFWorld
-
-ALFRED_TASKS = {"pick": "pick_and_place_simple", "light": "look_at_obj_in_light",
-                "clean": "pick_clean_then_place_in_recep", "heat": "pick_heat_then_place_in_recep",
-                "cool": "pick_cool_then_place_in_recep", "two": "pick_two_obj_and_place"}
-CHANGES = {"clean": ("isclean", "sinkbasin", "Cleanable"), "heat": ("ishot", "microwave", "Heatable"),
-           "cool": ("iscool", "fridge", "Coolable")}  # the fact wanted, where it is made, what the tables call it
-SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
-# The built-in rooms: tasks, receptacles that each has, receptacles of which it has some, objects.
-ROOMS = {
-    "kitchen": ("pick clean heat cool two", "Fridge Microwave SinkBasin",
-                "CounterTop DiningTable Cabinet Cabinet Drawer Drawer Shelf SideTable GarbageCan StoveBurner",
-                "Apple Egg Tomato Bread Mug Plate Pan Spoon"),
-    "living room": ("pick light two", "Sofa CoffeeTable", "ArmChair SideTable Drawer Drawer Shelf Cabinet DiningTable Safe",
-                    "Book KeyChain RemoteControl Pillow Newspaper Vase"),
-    "bedroom": ("pick light two", "Bed Desk", "Dresser Drawer Drawer Shelf SideTable Safe ArmChair CounterTop",
-                "Book AlarmClock CellPhone CD Pencil Pillow"),
-    "bathroom": ("pick clean two", "SinkBasin Toilet", "CounterTop Cabinet Cabinet Drawer BathtubBasin GarbageCan Shelf Cart",
-                 "SoapBar Cloth ToiletPaper Candle SprayBottle HandTowel"),
-}
-
-# Icons, on a grid of 100 x 100, in the thing's own (c)olour, (d)arker, (l)ighter, blac(k) or (p)aper: the shape's name,
-# who looks like it and in which colour (all others are boxes), the shape.
-ICONS = re.findall(r"([a-z][a-z ]*\b)(?: \(([^)]*)\))?: ([^;]+)", """
-    round (apple d22b2b tomato f26b3a potato a9814f lettuce 6aa83a): e c 14 20 86 92 p k 47 24 60 4 66 6 54 26 e l 28 32 46 50;
-    egg (egg f0d9a8): e c 24 10 76 92 e l 34 24 50 48; loaf (bread c98a45): r c 8 44 92 86 e c 8 20 92 68 r d 34 40 38 84 r d 62 40 66 84;
-    cup (mug 3c6fc4 cup 3aa89a): e d 48 32 96 78 e p 60 44 84 66 r c 14 20 70 92 r l 14 20 70 32; box: r c 8 24 92 92 r d 8 24 92 42;
-    dish (plate 9fb3c8 bowl b06fc0): e c 2 24 98 84 e l 22 36 78 70; can (garbagecan 6f7f6f): p c 20 24 80 24 70 98 30 98 r d 12 12 88 26;
-    pan (pan 4a4f57 pot 7a6f66): r k 60 50 100 64 e c 4 22 72 92 e d 16 34 60 80; soft (pillow 7f6fd0): e c 2 20 98 88 e l 22 34 78 74;
-    stick (spoon 8d99a6 knife 56606b): p c 8 84 66 28 76 38 18 94 e c 56 2 98 44; ring (cd 3fb8e0): e c 8 8 92 92 e p 36 36 64 64;
-    pencil (pencil e8b21e): p c 16 70 70 12 90 30 34 88 p k 16 70 34 88 6 96 p d 70 12 90 30 96 8;
-    book (book a03a8c): r c 14 8 86 94 r l 30 22 74 46 r d 14 8 24 94;
-    paper (newspaper cfc8b4): r c 10 12 90 92 r k 20 24 80 36 r d 20 46 80 52 r d 20 62 80 68 r d 20 78 60 84;
-    device (remotecontrol 33373d cellphone 2f8f4f): r c 28 4 72 98 r l 36 14 64 56 e k 42 70 58 86;
-    bottle (spraybottle 2fa0d8 vase d0568c): r c 26 36 74 98 r d 42 6 58 38 r k 38 2 62 14 r l 34 56 66 80;
-    cloth (cloth 3fa08f handtowel e88aa0): p c 6 20 94 12 90 88 10 80 r l 20 34 80 42 r l 20 56 80 64;
-    roll (toiletpaper c8c8d4): r c 14 30 86 90 e c 14 14 86 50 e d 38 24 62 40;
-    key (keychain d8a020): e c 4 26 52 74 e p 18 40 38 60 r c 48 44 98 56 r c 76 50 84 76 r c 90 50 98 70;
-    bar (soapbar f09ab8 dishsponge e8c83a): r c 8 30 92 80 r l 20 42 80 66;
-    clock (alarmclock d8402f): e c 8 12 92 96 e l 20 24 80 84 r k 47 30 53 56 r k 47 52 70 58 e c 8 2 34 28 e c 66 2 92 28;
-    candle (candle e8a83a): r c 34 38 66 96 e k 46 26 54 40 p l 50 2 62 24 50 36 38 24;
-    oven (microwave 6f7883): r c 2 16 98 84 r d 8 22 72 78 r l 14 28 66 72 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
-    oven open: r c 2 16 98 84 r k 8 22 72 78 p d 8 78 72 78 66 100 2 100 r k 78 28 92 40 r k 78 48 92 54 r k 78 60 92 66;
-    lamp (desklamp e8902a floorlamp d0a848): p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
-    lamp lit: e l 0 0 100 96 p c 28 6 72 6 94 52 6 52 r k 45 52 55 88 r k 24 86 76 96;
-    table (diningtable 8a5a33 sidetable b58a5a coffeetable 6f4a2f desk 9c6b3f): r d 12 42 24 98 r d 76 42 88 98 r c 2 28 98 46;
-    counter (countertop 8b9aa5 dresser a4713f): r d 8 40 92 98 r k 49 46 51 94 r c 2 24 98 42;
-    seat (sofa 4f78b8 armchair b85f4f): r c 10 14 90 66 r d 20 50 80 82 r c 2 38 22 88 r c 78 38 98 88;
-    bed (bed 6f8fc8): r d 2 20 10 96 r d 90 56 98 96 r c 6 56 94 82 e l 12 42 44 64;
-    basin (sinkbasin 6fb0d0 bathtubbasin 4fa0a8 toilet a8b4bc): r k 44 8 54 44 r k 44 8 72 18 p c 2 42 98 42 80 94 20 94 e l 14 36 86 54;
-    shelf (shelf a87f4f cart 8f9fa8): r c 2 24 98 34 r c 2 56 98 66 r c 2 88 98 98 r d 8 10 14 98 r d 86 10 92 98;
-    burner (stoveburner d0502a): r k 6 20 94 96 e c 18 26 82 90 e k 32 40 68 76 e c 44 52 56 64;
-    door (fridge 9fb8cc cabinet c09058 safe 5a7a6a): r c 16 2 84 98 r d 22 8 78 92 r c 26 12 74 88 r k 64 42 70 62;
-    door open: r c 16 2 84 98 r k 24 10 76 90 p d 16 2 0 14 0 100 16 98;
-    drawer (drawer b87f48): r c 4 14 96 90 r d 12 24 88 80 r k 38 46 62 56;
-    drawer open: r c 4 4 96 60 r k 12 12 88 56 p d 4 56 96 56 100 98 0 98 r k 38 72 62 82""")
-SHAPES = {shape: drawing for shape, _, drawing in ICONS}
-LOOKS = {name: (shape, f"#{color}") for shape, names, _ in ICONS for name, color in re.findall(r"(\w+) (\w+)", names)}
-VERBS = {"pick": ("PUT", "#50606e"), "light": ("LOOK", "#9a7a10"), "clean": ("CLEAN", "#1f8a8a"),
-         "heat": ("HEAT", "#b8331f"), "cool": ("COOL", "#2a5fc0"), "two": ("TWO", "#7a3f9a")}
-
-
-@cache
-def icon(name, pixels, state=""):
-    """An object or receptacle ("mug", "fridge"; state: "", "open" or "lit") as a picture, transparent around it."""
-    shape, color = LOOKS.get(name, ("box", "#%06x" % ((zlib.crc32(name.encode()) & 0x7F7F7F) + 0x303030)))
-    paint = np.array(ImageColor.getrgb(color))
-    colors = {"c": paint, "d": paint * 0.6, "l": paint * 0.4 + 153, "k": (24, 28, 34), "p": (244, 241, 234)}
-    picture = Image.new("RGBA", (pixels * 4, pixels * 4))
-    draw_shape(ImageDraw.Draw(picture), SHAPES.get(f"{shape} {state}", SHAPES[shape]), 0, 0, pixels * 4 / 100,
-               {letter: tuple(map(int, color)) for letter, color in colors.items()})
-    return picture.resize((pixels, pixels), Image.LANCZOS)
-
-
-@cache
-def alfworld_engine():
-    """ALFWorld's text engine and tables, as a namespace; loaded when the first ALFWorld game is made.
-
-    One library serves all games of a process, whoever acts loads its state: 0.2 ms, where a library a game is 33 MB.
-    """
-    # Importing alfworld prints, sets ALFWORLD_DATA and makes that folder; importing the translator reads sys.argv.
-    with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", ["", "domain", "problem"]),
-          mock.patch.dict(os.environ, ALFWORLD_DATA=tempfile.gettempdir())):
-        import fast_downward
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        from alfworld.gen import constants, goal_library
-        from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-        from fast_downward.translate import translate as translator
-        from textworld.envs.pddl import PddlEnv, logic, textgen
-        from textworld.logic import Rule
-    pddl2sas, ground = fast_downward.pddl2sas, translator.pddl_to_sas
-
-    @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
-    def translate(domain, problem):
-        # Grounding the actions takes 25 of 30 ms: a built-in game keeps the result, for its own problem and no other.
-        kept = engine.grounded.get(problem)
-        grounding = (lambda task: SimpleNamespace(output=lambda file: file.write(kept))) if kept else ground
-        with mock.patch.object(translator, "pddl_to_sas", grounding), mock.patch.object(sys, "argv", []):
-            return pddl2sas(domain, problem)  # sets sys.argv
-
-    # A state translates its problem twice, for playing and for a planner that is not needed here: 50 ms at every reset.
-    fast_downward.pddl2sas = lambda domain, problem, **_: translate(domain, problem)
-    # The grammar copies its context at every symbol, deeply, though nothing changes what is in it: a third of a step.
-    textgen.copy_context = lambda context: context | {key: dict(context[key]) for key in ("variables", "mapping")}
-    # The grammar's few conditions and beginnings are the same at every step: 3 ms to parse.
-    Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
-    textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
-    logic.GameLogic = lru_cache(maxsize=8)(logic.GameLogic)
-    engine = SimpleNamespace(
-        constants=constants, goals=goal_library.gdict, Atom=logic.Atom, game=AlfredDemangler(PddlEnv()), grounded={},
-        domain=Path(ALFRED_PDDL_PATH).read_text(), grammar=Path(ALFRED_TWL2_PATH).read_text())
-    return engine
-
-
-def built_in_game(split, kind, number):
-    """A room made from seeds, as (game, trajectory): the contents of ALFWorld's game.tw-pddl and traj_data.json.
-
-    Six receptacles, four or five objects. Rooms whose receptacles have a checksum divisible by four are for `unseen`.
-    """
-    engine = alfworld_engine()
-    rng = np.random.default_rng([SPLITS[split] == "train", list(ALFRED_TASKS).index(kind), number])
-    tables, light, (_, appliance, able) = engine.constants, kind == "light", CHANGES.get(kind, ("", "", ""))
-    holds, can = tables.VAL_RECEPTACLE_OBJECTS, tables.VAL_ACTION_OBJECTS
-
-    def pick(choices):
-        return choices[rng.integers(len(choices))]
-
-    homes = []
-    while not homes:  # until the room is one of the split's, and the target can be somewhere and go elsewhere
-        _, fixed, others, objects = map(str.split, pick([room for room in ROOMS.values() if kind in room[0].split()]))
-        receptacles = sorted(fixed + list(rng.permutation(others)[:6 - len(fixed)]))
-        target, place = pick(objects), pick([r for r in receptacles if r.lower() != appliance])
-        tops = [r for r in receptacles if r in ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")]
-        unseen = zlib.crc32(" ".join(receptacles).encode()) % 4 == 0
-        fits = target in holds[place] and target in can.get(able, objects) and (tops or not light)
-        if unseen == (split == "unseen") and fits:
-            homes = [r for r in receptacles if target in holds[r] and (r != place or light)]
-    things = [(target, pick(homes)) for _ in range(1 + (kind == "two"))]
-    things += [("DeskLamp", pick(tops)) for _ in range(light)]
-    for name in rng.permutation([o for o in objects if o != target])[:rng.integers(4, 6) - len(things)]:
-        things += [(name, pick(spots)) for spots in [[r for r in receptacles if name in holds[r]]] if spots]
-
-    # "Sink_bar_1_bar_SinkBasin" is ALFWorld's way to name what a sink holds.
-    ids = [f"{r.removesuffix('Basin')}_bar_{i}" + f"_bar_{r}" * r.endswith("Basin") for i, r in enumerate(receptacles)]
-    rtypes, otypes = sorted(set(receptacles)), sorted({o for o, _ in things})
-    facts = ["(= (total-cost) 0)", "(atLocation agent1 loc_bar_0)"]
-    facts += [f"(canContain {r}Type {o}Type)" for r in rtypes for o in otypes if o in holds[r]]
-    for i, (r, at) in enumerate(zip(receptacles, ids), 1):
-        facts += [f"(receptacleAtLocation {at} loc_bar_{i}) (receptacleType {at} {r}Type)"]
-        facts += [f"(openable {at})"] * (r in tables.OPENABLE_CLASS_LIST)
-    for i, (o, r) in enumerate(things):
-        o_id, at = f"{o}_bar_{i}", pick([i for i, other in enumerate(receptacles) if other == r])
-        facts += [f"(objectType {o_id} {o}Type) (inReceptacle {o_id} {ids[at]}) "
-                  f"(objectAtLocation {o_id} loc_bar_{at + 1})"]
-        facts += [f"({what} {o_id})" for what in ("Cleanable", "Heatable", "Coolable", "Toggleable") if o in can[what]]
-        facts += [f"(pickupable {o_id})"] * (o != "DeskLamp")
-    objects = ["agent1 - agent", *(f"{r}Type - rtype" for r in rtypes), *(f"{o}Type - otype" for o in otypes),
-               *(f"{at} - receptacle" for at in ids), *(f"{o}_bar_{i} - object" for i, (o, _) in enumerate(things)),
-               *(f"loc_bar_{i} - location" for i in range(7))]
-    goal, names = engine.goals[ALFRED_TASKS[kind]], dict(obj=target, recep=place, toggle="DeskLamp")
-    task = pick(goal["templates"]).format(**{key: name.lower() for key, name in names.items()})
-    problem = "\n".join(["(define (problem room) (:domain alfred)", "(:objects", *objects, ")", "(:init", *facts, ")"])
-    return ({"pddl_domain": engine.domain, "grammar": engine.grammar.replace("UNKNOWN GOAL", task), "solvable": True,
-             "pddl_problem": problem + goal["pddl"].format(**names).replace("#", "-")},
-            {"task_type": ALFRED_TASKS[kind], "pddl_params": {
-                "object_target": target, "parent_target": "" if light else place,
-                "toggle_target": "DeskLamp" * light, "mrecep_target": "", "object_sliced": False}})
-
-
-class ALFWorldEnv(Game):
-    """Household tasks in ALFWorld's text engine: find things, clean, heat or cool them, put them somewhere.
-
-    Reward at every step: 50 on success, plus the share of the goal's conditions that hold; the trainer subtracts
-    `illegal_penalty` for an answer that named no legal action. Terminated on success, truncated after 50 steps.
-    split: "train", or "unseen": other rooms; with the environment variable ALFWORLD_DATA the games are the data set's
-    (also "seen"), else they are made from seeds and kept in the user's cache. The types of tasks come equally often.
-    State: `task` (in words), `task_type` (a key of ALFRED_TASKS), `observation` (the engine's words), `place` (what is
-    in front, or ""), `visible` (objects there), `carried` (object or ""), `won`, `goal_conditions` (the share), and from
-    the expert `subgoal` (in words) and `expert` (a command); it knows no more than what was seen.
-    """
-    name, actions = "alfworld", ("",) * 256  # at most so many actions; they change
-    illegal_penalty, evaluation, max_steps = 1.0, {"split": "unseen"}, 50
-    games = {"train": 500, "unseen": 50}  # built-in games a type of task
-
-    def __init__(self, render_mode=None, obs="image", split="train"):
-        data = os.environ.get("ALFWORLD_DATA")
-        if split not in (splits := SPLITS if data else self.games):
-            raise ValueError(f"split {split!r} is not one of {', '.join(splits)}"
-                             + " (without ALFWORLD_DATA)" * (not data))
-        self.split, self.data = split, data and Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
-        self.names = data_set(self.data) if data else [
-            [f"{kind}/{i}" for i in range(self.games[split])] for kind in ALFRED_TASKS]  # a list for each type
-        alfworld_engine()
-        super().__init__(render_mode, obs)
-
-    def deal(self):
-        while True:
-            names = self.names[self.np_random.integers(len(self.names))]
-            self.game = names[self.np_random.integers(len(names))]
-            loaded = self._load(self.game)
-            if loaded[0].get("solvable", True):  # a few games of the data set are not, and say so
-                return self._begin(*loaded)
-
-    def _load(self, name):
-        return data_game(self.data / name) if self.data else kept_game(self.split, name)
-
-    def play(self, action):
-        self._act(action)
-        self.played.append(action)
-        return 50 * self._won + self._rate(), self._won, not self._won and len(self.played) >= self.max_steps
-
-    def restore(self, snapshot):
-        self._begin(*self._load(snapshot["game"]))
-        for action in snapshot["played"]:
-            self._act(action)
-        return super().restore(snapshot)
-
-    # -- the engine
-
-    def _begin(self, game, trajectory):
-        """Load a game: the contents of game.tw-pddl and of traj_data.json."""
-        engine, goal = alfworld_engine(), trajectory["pddl_params"]
-        # Every game has its task in its grammar. Without it they share one, which takes 80 ms to parse.
-        self._task = re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
-        grammar = game["grammar"].replace(f"Your task is to: {self._task}", "Your task is to: UNKNOWN GOAL")
-        self._kind = next(kind for kind, name in ALFRED_TASKS.items() if name == trajectory["task_type"])
-        self._target = goal["object_target"].lower()
-        self._goal = (goal["toggle_target"] if self._kind == "light" else goal["parent_target"]).lower()
-        engine.grounded = {game["pddl_problem"]: game.get("sas")}
-        engine.game.load(game | {"grammar": grammar})
-        self._state, self._infos = engine.game._pddl_state, engine.game._entity_infos
-        self._receptacles = sorted(info.name for info in self._infos.values() if info.type == "receptacle")
-        self._operators, self._seen, self._place, self.played = [], set(), "", []
-        self._look("#look.feedback#", {})
-
-    def _act(self, command):
-        state, action = self._state, self._commands[command]
-        state.downward_lib.load_sas(state.sas.encode())  # another game may have been played meanwhile
-        for number, effects in self._operators:
-            state.downward_lib.apply_operator(number, (alfworld_engine().Atom * effects)())
-        self._operators.append((action.id, state._operators[action.id].nb_effect_atoms))
-        state.apply(action)
-        self._look(action.feedback_rule, action.mapping)
-
-    def _look(self, rule, mapping):
-        """Read the engine's state after an action (mapping: placeholder -> thing): its words by the grammar's `rule`,
-        facts by name, and the commands that it takes."""
-        variables = {placeholder.name: self._infos[v.name] for placeholder, v in mapping.items()}
-        self._feedback = self._state._logic.grammar.derive(rule, {
-            "state": self._state, "facts": list(self._state.facts), "variables": variables, "mapping": mapping,
-            "entity_infos": self._infos})
-        for thing in variables.values():  # whatever it does, the agent faces the receptacle that it names
-            self._place = thing.name if thing.type == "receptacle" else self._place
-        self._facts = {(fact.name, *(self._infos[v.name].name.strip() for v in fact.arguments if v.name in self._infos))
-                       for fact in self._state.facts}
-        self._where = dict(sorted(rest for fact, *rest in self._facts if fact == "inreceptacle"))  # object -> place
-        self._carried = next((rest[1] for fact, *rest in self._facts if fact == "holds"), "")
-        if self._place and not self._shut(self._place):
-            self._seen.add(self._place)
-        self._won = bool(self._state.check_goal())
-        self._commands = {}
-        for action in self._state.all_applicable_actions():
-            template = "go to {r}" if action.name == "gotolocation" else action.command_template
-            command = template.format(**{p.name: self._infos[v.name].name for p, v in action.mapping.items()})
-            # These change nothing, and what they tell is in the picture. But where several receptacles are at one place
-            # of the data set's rooms, `examine` turns to another of them.
-            noise = action.name in ("look", "inventory", "help", "examineobject")
-            if not noise and command not in (f"go to {self._place}", f"examine {self._place}"):
-                self._commands[command] = action
-        self.action_space.n = len(self.legal_actions())
-
-    def _shut(self, receptacle):
-        return ("openable", receptacle) in self._facts and ("opened", receptacle) not in self._facts
-
-    def _held_in(self, receptacle):
-        return [o for o, r in self._where.items() if r == receptacle]
-
-    def _rate(self):
-        """ALFRED's goal-condition success rate, in [0, 1]: the share of the goal's conditions that hold now."""
-        targets = [o for o in [*self._where, self._carried] if kind_of(o) == self._target]
-        placed = [o for o in targets if kind_of(self._where.get(o, "")) == self._goal]
-        if self._kind == "light":
-            lit = any(kind_of(o) == self._goal and ("istoggled", o) in self._facts for o in self._held_in(self._place))
-            return ((self._carried in targets) + lit) / 2
-        if self._kind in ("pick", "two"):
-            wanted = 1 + (self._kind == "two")  # in the same receptacle
-            return min(max(Counter(self._where[o] for o in placed).values(), default=0), wanted) / wanted
-        changed = [o for o in targets if (CHANGES[self._kind][0], o) in self._facts]
-        return (bool(placed) + bool(changed) + bool({*placed} & {*changed})) / 3
-
-    def legal_actions(self):
-        return sorted(self._commands)[:len(self.actions)]
-
-    def state(self):
-        subgoal, command = self._plan()
-        return {"task": self._task, "task_type": self._kind, "observation": self._feedback, "place": self._place,
-                "visible": self._visible(), "carried": self._carried, "won": self._won, "success": self._won,
-                "goal_conditions": self._rate(), "subgoal": subgoal, "expert": command or self.legal_actions()[0]}
-
-    def _visible(self):
-        return [] if self._shut(self._place) else self._held_in(self._place)
-
-    @staticmethod
-    def expert(info):
-        """The next command of a plan that rests on what was seen so far."""
-        return info["expert"]
-
-    def _plan(self):
-        """(sub-goal in words, command or "") of an expert who looks for what was not seen and then does the task."""
-        kind, target, goal, seen, carried = self._kind, self._target, self._goal, self._seen, self._carried
-        change, appliance, _ = CHANGES.get(kind, ("", "", ""))
-        goals = [r for r in self._receptacles if kind_of(r) == goal]
-        known = [o for o, r in self._where.items() if r in seen]
-        targets = [o for o in known if kind_of(o) == target]
-        undone = {o for o in [*targets, carried] if change and (change, o) not in self._facts}
-
-        def fit(receptacle, what):
-            return ("cancontain", kind_of(receptacle) + "type", kind_of(what) + "type") in self._facts
-
-        def at(receptacle, command):
-            """Go there, open it, then play `command`: the first of these that the engine takes, or ""."""
-            opens = "" if command.startswith(("heat", "cool")) else f"open {receptacle}"
-            steps = (f"examine {receptacle}", f"go to {receptacle}", opens, command)
-            return next((step for step in steps if step in self._commands), "")
-
-        def find(what):
-            unseen = sorted((r for r in self._receptacles if r not in seen), key=lambda r: (not fit(r, what), r))
-            return f"find {'an' if what[0] in 'aeiou' else 'a'} {what}", at(unseen[0], "") if unseen else ""
-
-        # Two objects go into the same receptacle: the one that holds most of them.
-        spot = max(goals, key=lambda r: sum(self._where[o] == r for o in targets), default="")
-        if kind_of(carried) != target and carried:
-            places = sorted((r for r in self._receptacles if fit(r, carried)),
-                            key=lambda r: (r != self._place, r not in seen, r))
-            return f"put down the {kind_of(carried)}", at(places[0], f"move {carried} to {places[0]}") if places else ""
-        if carried and kind == "light":
-            lamp = next((o for o in known if kind_of(o) == goal), "")
-            look = f"look at the {target} under the {goal}"
-            return (look, at(self._where[lamp], f"use {lamp}")) if lamp else find(goal)
-        if carried and carried in undone:
-            tool = next((r for r in self._receptacles if kind_of(r) == appliance), "")
-            return f"{kind} the {target}", at(tool, f"{kind} {carried} with {tool}")
-        if carried:
-            return f"put the {target} in the {goal}", at(spot, f"move {carried} to {spot}")
-        wanted = [o for o in targets if o in undone or self._where[o] not in ([spot] if kind == "two" else goals)]
-        if not wanted:
-            return find(target)
-        thing = min(wanted, key=lambda o: (o in undone, self._where[o] != self._place, o))
-        return f"take the {target}", at(self._where[thing], f"take {thing} from {self._where[thing]}")
-
-    # -- the picture: five by five cells of 60 pixels, a patch of the embedded model each
-
-    def draw(self):
-        """The task in the first row; in the next two the receptacle in front and what lies there; in the last two the
-        room's map and what is carried. A cell's colour: hot red, cold blue, clean yellow; on the map dark where nobody
-        has looked yet, yellow where the task's object was seen, green where its lamp was."""
-        picture = Image.new("RGB", (SIZE, SIZE), PAPER)
-        draw = ImageDraw.Draw(picture)
-
-        def cell(x, y, color, width=60, height=60, outline=None):
-            draw.rounded_rectangle([x + 2, y + 2, x + width - 3, y + height - 3], 6, color, outline, 3)
-
-        def put(name, x, y, pixels):
-            state = "open" if ("opened", name) in self._facts else "lit" if ("istoggled", name) in self._facts else ""
-            art = icon(kind_of(name), pixels, state)
-            picture.paste(art, (x, y), art)
-
-        def thing(name, x, y):
-            colors = {"ishot": "#f4a08c", "iscool": "#9cc8f4", "isclean": "#f4e28c"}
-            cell(x, y, next((color for fact, color in colors.items() if (fact, name) in self._facts), "white"))
-            put(name, x + 10, y + 4, 40)
-            draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
-            # A large number for "mug 2", none for "mug 1".
-            draw_text(picture, name.split(" ")[-1].strip("1"), (x + 48, y + 15), 22, INK, bold=1)
-
-        verb, color = VERBS[self._kind]
-        cell(0, 0, color, SIZE)
-        draw_text(picture, verb, (30, 24), 22, "white", 54, bold=1)
-        for x, name in ((60, self._target), (180, self._goal)):
-            cell(x, 4, "white", height=42)
-            put(name, x + 13, 8, 34)
-        draw.polygon([(128, 18), (152, 18), (152, 10), (172, 25), (152, 40), (152, 32), (128, 32)], "white")
-        draw_text(picture, self._task, (150, 50), 13, "white")
-
-        place, things = self._place, self._visible()
-        shut = self._shut(place)
-        words = "closed" if shut else "" if things else "nothing here" if place else "go somewhere"
-        cell(0, 60, "#d9dfe4" if shut else "white", 120, 120)
-        cell(120, 60, "#3a4450" if shut else "#e3ddd0", 180, 120)
-        draw_text(picture, words, (210, 120), 20, "white" if shut else INK)
-        if place:
-            put(place, 18, 66, 84)
-            state = " (closed)" if shut else " (open)" if ("opened", place) in self._facts else ""
-            draw_text(picture, place + state, (60, 165), 15, INK, 112)
-        for i, name in enumerate(things[:6]):
-            thing(name, 120 + i % 3 * 60, 60 + i // 3 * 60)
-        if len(things) > 6:
-            draw_text(picture, f"+{len(things) - 6}", (210, 120), 16, "#e0261c", bold=1)
-
-        # Six receptacles fill cells of 60 pixels; the data set's rooms have more, in smaller cells.
-        columns = next(n for n in (4, 6, 8, 12, 16, 24) if n * n // 2 >= len(self._receptacles))
-        size = 240 // columns
-        for i, name in enumerate(self._receptacles):
-            x, y, seen = i % columns * size, 180 + i // columns * size, name in self._seen
-            held = self._held_in(name) if seen else []  # as last seen: nobody else moves things
-            kinds = {*map(kind_of, held)}
-            color = ("#f7cf4a" if self._target in kinds and kind_of(name) != self._goal else
-                     "#9ad29c" if self._goal in kinds else "#fffdf2" if seen else "#87909a")
-            cell(x, y, color, size, size, "#e0261c" if name == place else None)
-            put(name, x + size // 10, y + size // 10, size * 8 // 15)
-            if columns == 4:
-                draw_text(picture, "" if seen else "?", (x + 46, y + 22), 22, "white", bold=1)
-                draw_text(picture, name, (x + 30, y + 48), 10, INK, 52)
-            for j, o in enumerate(held[:3]):
-                put(o, x + size * 13 // 20, y + (5 + 13 * j) * size // 60, size // 4)
-        cell(240, 180, "#2b5f4b", 60, 120)
-        draw_text(picture, "carrying", (270, 212), 12, "white")
-        draw_text(picture, "" if self._carried else "nothing", (270, 268), 12, "#a8c8b8")
-        if self._carried:
-            thing(self._carried, 240, 240)
-        return picture
-
-
-class ALFWorldThorEnv(ALFWorldEnv):
-    """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, games of the data set; else as `ALFWorldEnv`.
-
-    engine: an `AlfredThorEnv` of one game, made from ALFWORLD_DATA where it is left out. Of the state, `visible` and
-    `carried` are what the engine's words say, and `subgoal` is the expert's next command.
-    """
-    def __init__(self, render_mode=None, obs="image", split="train", engine=None):
-        self.engine = engine or thor_engine(split)
-        self.names = [sorted(self.engine.json_file_list)]
-        Game.__init__(self, render_mode, obs)
-
-    def _load(self, name):
-        return {"file": name}, None
-
-    def _begin(self, game, _):
-        self.played, self.carried = [], ""
-        self._act(None, True, game["file"])
-        self._task = re.search(r"Your task is to: (.*?)\.?$", self._said)[1]
-
-    def _act(self, action, begin=False, file=""):
-        """Let the engine's thread play an action, or begin the game of a file."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.engine.action_queues[0].put((action, begin, file))
-            said, _, self._infos = self.engine.wait_and_get_info()
-        self._said, self._won = said[0], bool(self._infos["won"][0])
-        if taken := re.search(r"You pick up the (\w+ \d+)", self._said):
-            self.carried = taken[1]
-        elif "You put the" in self._said:
-            self.carried = ""
-        self._commands = sorted({*self._infos["admissible_commands"][0]} - {"look", "inventory", "help"})
-        self.action_space.n = len(self.legal_actions())
-
-    def _rate(self):
-        return float(self._infos["goal_condition_success_rate"][0])
-
-    def state(self):
-        plan = self._infos["extra.expert_plan"][0]
-        expert = plan[0] if plan and plan[0] in self._commands else self._commands[0]
-        kind = next((kind for kind, task in ALFRED_TASKS.items() if task in str(self._infos["extra.gamefile"][0])), "")
-        sight = re.search(r"you see (.*)", self._said)
-        return {"task": self._task, "task_type": kind, "observation": self._said, "carried": self.carried,
-                "won": self._won, "success": self._won,
-                "visible": re.findall(r"an? (\w+ \d+)", sight[1]) if sight else [],
-                "goal_conditions": self._rate(), "subgoal": expert, "expert": expert}
-
-    def draw(self):
-        frame = self.engine.get_frames()[0]  # (height, width, 3) uint8, blue first
-        return Image.fromarray(np.ascontiguousarray(frame[:, :, ::-1])).resize((SIZE, SIZE))
-
-
-def thor_engine(split):
-    """An `AlfredThorEnv` of one game at a time. Raises ValueError where simulator, display or data are missing."""
-    if "ALFWORLD_DATA" not in os.environ:
-        raise ValueError("the THOR engine plays the data set's games: run alfworld-download and set ALFWORLD_DATA")
-    folder = Path(os.environ["ALFWORLD_DATA"]).expanduser() / "json_2.1.1" / SPLITS[split]
-    data_set(folder)
-    config = {"dataset": {"data_path": str(folder), "num_train_games": -1},
-              "env": {"task_types": [1, 2, 3, 4, 5, 6], "goal_desc_human_anns_prob": 0.0, "thor": {
-                  "screen_width": SIZE, "screen_height": SIZE, "smooth_nav": False,
-                  "save_frames_to_disk": False, "save_frames_path": ""}},
-              "controller": {"type": "oracle", "load_receps": True, "debug": False},
-              "general": {"training_method": "dagger"},
-              "dagger": {"training": {"max_nb_steps_per_episode": ALFWorldEnv.max_steps}}}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            from alfworld.agents.environment.alfred_thor_env import AlfredThorEnv
-            return AlfredThorEnv(config, "train").init_env(1)  # of all splits only this one has the expert
-    except Exception as error:  # whatever a simulator without a display may raise
-        needs = "it needs a display and pip install 'alfworld[full]'"
-        raise ValueError(f"the THOR engine does not start ({error}): {needs}") from None
-
-
-def kind_of(name):
-    return name.split(" ")[0]
-
-
-@lru_cache(maxsize=8)
-def data_set(folder):
-    """The games of a split of ALFWorld's data set: for each type of task a list of folders (str) below `folder`."""
-    # ALFWorld leaves out the same ones: its text engine knows no things in movable things, and its expert no slices.
-    found = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/game.tw-pddl"))
-    games = [[f for f in found if f.startswith(task + "-") and "Sliced" not in f] for task in ALFRED_TASKS.values()]
-    if not any(games):
-        raise ValueError(f"{folder} holds no ALFWorld games: run alfworld-download, or unset ALFWORLD_DATA")
-    return [names for names in games if names]
-
-
-@lru_cache(maxsize=512)
-def data_game(folder):
-    """(game, trajectory) of a folder of the data set or of the cache."""
-    try:
-        game, trajectory = (json.loads((folder / name).read_text()) for name in ("game.tw-pddl", "traj_data.json"))
-        return game, {key: trajectory[key] for key in ("task_type", "pddl_params")}  # all that is needed of 100 kB
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no game that can be read ({error}): delete it, or download again") from None
-
-
-def kept_game(split, name):
-    """(game, trajectory) of the built-in game `name` ("heat/17"): made, played once by the expert, then kept."""
-    folder = game_cache() / split / name
-    if not folder.exists():
-        kind, number = name.split("/")
-        game, trajectory = built_in_game(split, kind, int(number))
-        player = ALFWorldEnv(split=split)
-        player._begin(game, trajectory)
-        while not player._won:
-            player.play(player.state()["expert"])
-            if len(player.played) > 40:
-                raise RuntimeError(f"the expert does not solve the built-in game {split}/{name}: {player._task}")
-        game |= {"walkthrough": player.played, "sas": player._state.sas}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as part:
-            for file, content in (("game.tw-pddl", game), ("traj_data.json", trajectory)):
-                Path(part, file).write_text(json.dumps(content))
-            with contextlib.suppress(OSError):  # another process was faster, with the same game
-                Path(part).rename(folder)
-    return data_game(folder)
-
-
-@cache
-def game_cache():
-    """The folder for built-in games, another for each version of the code that makes them."""
-    code = inspect.getsource(built_in_game) + inspect.getsource(kept_game) + repr(ROOMS)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "vlm-games" / f"alfworld-{zlib.crc32(code.encode()):08x}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir()) / folder.name
-
-
-GAMES = {}
+GAMES = {}  # name of a task -> its class
 
 
 def register(game):
     """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
     GAMES[game.name] = game
-    gym.register(env_id(game.name), entry_point=game)
+    in_this_file = game.__module__ == __name__
+    entry_point = f"{__name__}:{game.__name__}" if in_this_file else game
+    gym.register(env_id(game.name), entry_point=entry_point)
 
 
 def env_id(name):
-    """Gymnasium id of a task: "blackjack" -> "GymCards/Blackjack-v0"."""
+    """Gymnasium's id of a task: "blackjack" -> "GymCards/Blackjack-v0"."""
     return f"GymCards/{GAMES[name].__name__.removesuffix('Env')}-v0"
 
 
-# Where two have one name, the last is its default.
-for game in (NumberLineEnv, EZPointsEnv, Points24Env, BlackjackEnv, ALFWorldThorEnv, ALFWorldEnv):
-    register(game)
+register(NumberLineEnv)
+register(EZPointsEnv)
+register(Points24Env)
+register(BlackjackEnv)  # ALFWorld is registered below its classes
 
 
 def expert_action(info):
@@ -1056,127 +460,1905 @@ def expert_action(info):
 
 
 class Games:
-    """`num_envs` games of the task `name` in lockstep, behind Gymnasium's vector API; each begins anew when it ends.
+    """N games that step together, by Gymnasium's vector API. A game that ends begins a new episode.
 
-    name: of one task, or several with commas between them, which take turns. evaluation: play what is kept for that.
+    name: a task, or several with commas between them, which take turns.
+    num_envs: N. evaluation: play the episodes that are kept for evaluation.
 
-    images (N, 300, 300, 3) uint8, overwritten by the next step; infos: list of N dicts. Both show what to act in next.
+    Two attributes show the states in which to act next:
+    images  (N, 300, 300, 3) uint8; the next step overwrites them
+    infos   list of N dicts
     """
 
     def __init__(self, name, num_envs, seed, obs="image", evaluation=False):
-        kinds = [GAMES[kind] for kind in name.split(",")]
+        names = name.split(",")
+        num_actions = max(len(GAMES[name].actions) for name in names)
 
-        def make(kind):
-            game = gym.make(env_id(kind.name), obs=obs, **kind.evaluation if evaluation else {})
-            game.action_space = gym.spaces.Discrete(max(len(kind.actions) for kind in kinds))  # equal in a vector
+        def make(name):
+            arguments = GAMES[name].evaluation if evaluation else {}
+            game = gym.make(env_id(name), obs=obs, **arguments)
+            game.action_space = gym.spaces.Discrete(num_actions)  # must be the same in all games
             return game
 
-        # Nothing resets by itself: the last picture of an episode is needed to bootstrap where it was cut off.
-        makers = [partial(make, kinds[i % len(kinds)]) for i in range(num_envs)]
+        # Turn Gymnasium's automatic reset off: it would replace the last picture of a truncated
+        # episode, and training needs the value of that picture.
+        makers = [partial(make, names[i % len(names)]) for i in range(num_envs)]
         self.vector = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode="Disabled")
         images, infos = self.vector.reset(seed=seed)
-        self.images, self.infos = images, split_info(infos)
+        self.images = images
+        self.infos = split_info(infos)
 
-    def step(self, actions, seeds=itertools.repeat(None), restart=False):
-        """Play one text action a game, then begin a new episode where one ended, with the next of `seeds` (an
-        iterator), or where `restart` (N,) says so.
+    def step(self, actions, seeds=None, restart=False):
+        """Play one text action in each game, then begin new episodes where one ended.
 
-        Returns a dict of what the step gave, before any new beginning: rewards, terminated, truncated (N,), infos, and
-        last_images: index of a game that ended -> its last picture.
+        seeds: an iterator; each new episode takes the next seed (None: chance goes on).
+        restart: (N,) bool, games that begin a new episode although theirs has not ended.
+
+        Returns a dict of what the step gave, before any new episode: `rewards`, `terminated`,
+        `truncated` (N,), `infos` (list of N dicts), and `last_images`, a dict from the index of a
+        game that ended to its last picture.
         """
-        indices = np.array([info["legal_actions"].index(action) for info, action in zip(self.infos, actions)])
-        images, rewards, terminated, truncated, infos = self.vector.step(indices)
-        step = {"rewards": rewards, "terminated": terminated, "truncated": truncated, "infos": split_info(infos),
-                "last_images": {i: images[i].copy() for i in np.flatnonzero(terminated | truncated)}}
-        self.infos, over = list(step["infos"]), terminated | truncated | restart
-        if over.any():
-            _, infos = self.vector.reset(seed=[next(seeds) if ended else None for ended in over],
-                                         options={"reset_mask": over})
-            self.infos = [new or old for new, old in zip(split_info(infos), self.infos)]
-        return step
+        # Gymnasium wants indices into the legal actions
+        legal_actions = [info["legal_actions"] for info in self.infos]
+        indices = [legal.index(action) for legal, action in zip(legal_actions, actions)]
+        images, rewards, terminated, truncated, infos = self.vector.step(np.array(indices))
+
+        # Copy the last pictures, because the reset below overwrites them
+        ended = terminated | truncated  # (N,)
+        result = {
+            "rewards": rewards,
+            "terminated": terminated,
+            "truncated": truncated,
+            "infos": split_info(infos),
+            "last_images": {i: images[i].copy() for i in np.flatnonzero(ended)},
+        }
+
+        # Begin new episodes; all other games keep their state
+        self.infos = list(result["infos"])
+        begins = ended | restart  # (N,)
+        if begins.any():
+            new_seeds = [None for _ in begins]
+            if seeds is not None:
+                new_seeds = [next(seeds) if begin else None for begin in begins]
+            _, infos = self.vector.reset(seed=new_seeds, options={"reset_mask": begins})
+            for i, info in enumerate(split_info(infos)):
+                if begins[i]:
+                    self.infos[i] = info
+        return result
 
     def snapshot(self):
         return [game.unwrapped.snapshot() for game in self.vector.envs]
 
     def restore(self, snapshots):
-        images, self.infos = zip(*(game.unwrapped.restore(kept) for game, kept in zip(self.vector.envs, snapshots)))
-        self.images[:], self.infos = np.stack(images), list(self.infos)
+        for i, game in enumerate(self.vector.envs):
+            self.images[i], self.infos[i] = game.unwrapped.restore(snapshots[i])
 
 
 def split_info(infos):
-    """The vector API's dict of arrays as a list of N dicts."""
-    plain = {key: values.tolist() for key, values in infos.items() if key[0] != "_"}
-    return [{key: values[i] for key, values in plain.items() if infos[f"_{key}"][i]} for i in range(len(infos["_env"]))]
+    """Turn the vector API's dict of arrays into a list of N dicts."""
+    split = [{} for _ in infos["_env"]]
+    for key, values in infos.items():
+        if key.startswith("_"):
+            continue
+        has_key = infos[f"_{key}"]  # (N,) bool: games that have this key
+        for i, value in enumerate(values.tolist()):
+            if has_key[i]:
+                split[i][key] = value
+    return split
 
 
-# ---------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# Machinery: skip everything from here on at first reading. The method does not need it.
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# A check of new games: one plain sentence at the first reset, instead of a traceback later
+
+JSON_REMEDIES = [
+    (np.bool_, "bool(...)"),
+    (np.integer, "int(...)"),
+    (np.floating, "float(...)"),
+    (np.ndarray, "array.tolist()"),
+    (tuple, "list(...)"),
+    (set, "sorted(...)"),
+]
+
+
+def check_saved(game, attributes):
+    """Raise TypeError if deal() and `saved` do not agree, or if JSON cannot hold a saved value.
+
+    attributes: the game's attributes before deal(), a dict.
+    """
+    class_name = type(game).__name__
+    if isinstance(game.saved, str):
+        raise TypeError(f"{class_name}.saved is a text, not a tuple: write ({game.saved!r},)")
+
+    # Everything that deal() sets must be saved, except names with "_" in front and those of Game
+    for name, value in vars(game).items():
+        is_set = name not in attributes or attributes[name] is not value
+        is_exempt = name.startswith("_") or hasattr(Game, name)
+        if is_set and not is_exempt and name not in game.saved:
+            raise TypeError(f"{class_name}.deal() sets self.{name}, which a checkpoint would lose: "
+                            f"add {name!r} to {class_name}.saved, or call it self._{name}")
+
+    # Everything that is saved must be set
+    for name in game.saved:
+        if not hasattr(game, name):
+            raise TypeError(f"{class_name}.saved names {name!r}, but deal() sets no self.{name}: "
+                            "set it there, or take it out of `saved`")
+    check_json(game)
+
+
+def check_json(game):
+    """Raise TypeError, with a remedy, if JSON cannot hold a saved value."""
+    class_name = type(game).__name__
+    for name in game.saved:
+        value = getattr(game, name)
+        wrong = not_json(value)
+        if wrong is None:
+            continue
+
+        # "is", if it is the value itself; "holds", if it is a part of a list or dict
+        verb = "is" if wrong is value else "holds"
+        library = "numpy " if isinstance(wrong, (np.generic, np.ndarray)) else ""
+        remedy = "use int, float, bool, str, None, and lists and dicts (keys: str) of these"
+        for wrong_type, expression in JSON_REMEDIES:
+            if isinstance(wrong, wrong_type):
+                assignment = f"self.{name} = " if wrong is value else ""
+                remedy = f"write {assignment}{expression}"
+        raise TypeError(f"{class_name}.{name} {verb} a {library}{type(wrong).__name__}, "
+                        f"which JSON cannot hold: {remedy}")
+
+
+def not_json(value):
+    """Return the part of `value` that JSON would not give back as it was, or None."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return None
+    if isinstance(value, list):
+        parts = value
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        parts = value.values()
+    else:
+        return value
+    wrong_parts = (not_json(part) for part in parts)
+    return next((part for part in wrong_parts if part is not None), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing: texts, shapes and cards. The shapes' coordinates are in the tables at the end.
+
+
+@cache
+def font(pixels):
+    """Pillow's built-in font in a size; it can be scaled, so no font file is needed."""
+    return ImageFont.load_default(pixels)
+
+
+@lru_cache(maxsize=4096)
+def text_mask(text, pixels, max_width, bold):
+    """A text as a grey picture of its own size, to paste a colour through."""
+    width = font(pixels).getlength(text)
+    if width > max_width:
+        pixels = max(8, int(pixels * max_width / width))
+
+    half_width = int(font(pixels).getlength(text) / 2 + bold + 2)
+    mask = Image.new("L", (2 * half_width, 2 * pixels))
+    draw = ImageDraw.Draw(mask)
+    draw.text((half_width, pixels), text, 255, font(pixels), anchor="mm", stroke_width=bold)
+    return mask
+
+
+def draw_text(picture, text, center, pixels, color, max_width=SIZE - 16, bold=0):
+    """Write `text` with its centre at (x, y), smaller if it is wider than `max_width` pixels."""
+    x, y = center
+    mask = text_mask(text, pixels, max_width, bold)
+    picture.paste(color, (x - mask.width // 2, y - mask.height // 2), mask)
+
+
+def draw_marks(picture, marks):
+    """Draw a yellow box with a label above it around everything that matters."""
+    for label, box in marks:
+        left, top, right, _ = box
+        ImageDraw.Draw(picture).rounded_rectangle(box, 4, outline="#f0b000", width=4)
+        draw_text(picture, label, ((left + right) // 2, top - 11), 18, "#f0b000", bold=1)
+
+
+def draw_shape(draw, shape, x, y, scale, colors):
+    """Draw a shape of the tables with its grid's corner at (x, y), `scale` pixels a unit.
+
+    colors: from a colour's name in the table, such as "own", to the colour.
+    """
+    functions = {"ellipse": draw.ellipse, "rectangle": draw.rectangle, "polygon": draw.polygon}
+    for form, color, coordinates in shape:
+        points = []
+        for column, row in zip(coordinates[::2], coordinates[1::2]):
+            points += [x + column * scale, y + row * scale]
+        functions[form](points, colors[color])
+
+
+FACE_DOWN = ""  # a card whose back is up
+
+
+@cache
+def card_picture(card, width):
+    """A card on the table, as a picture of width x 1.5 width pixels."""
+    # Draw it four times too large and shrink it at the end, for smooth edges
+    scale = 4
+    w = width * scale
+    h = width * scale * 3 // 2
+    picture = Image.new("RGBA", (w, h))
+    draw = ImageDraw.Draw(picture)
+    outline = [scale, scale, w - scale, h - scale]
+    draw.rounded_rectangle(outline, w // 10, "white", "#555555", scale)
+
+    if card == FACE_DOWN:
+        back = card_back(w, h, scale)
+        mask = Image.new("L", (w, h))
+        inside = [w // 11, w // 11, w - w // 11, h - w // 11]
+        ImageDraw.Draw(mask).rounded_rectangle(inside, w // 16, 255)
+        picture.paste(back, mask=mask)
+    else:
+        draw_card_face(draw, card, w, scale)
+
+    # Put it on the table's green, because its corners are round
+    small = picture.resize((width, width * 3 // 2), Image.LANCZOS)
+    table = Image.new("RGBA", small.size, TABLE)
+    return Image.alpha_composite(table, small).convert("RGB")
+
+
+def draw_card_face(draw, card, w, stroke):
+    """Draw a large rank above a large suit: both can be read when the card is small."""
+    rank = card[:-1]
+    suit = card[-1]
+    color = "#c8102e" if suit in "HD" else INK
+
+    # The two digits of 10 stand closer together than a font would put them
+    digits = [(0.27, "1"), (0.65, "0")] if rank == "10" else [(0.5, rank)]
+    for x, digit in digits:
+        position = (x * w, 0.45 * w)
+        draw.text(position, digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=stroke)
+
+    radius = 0.26 * w  # half the suit's width, of 100 units
+    left = w / 2 - radius
+    top = 1.12 * w - radius
+    draw_shape(draw, SUIT_SHAPES[suit], left, top, radius / 100, {"own": color})
+
+
+def card_back(w, h, scale):
+    """The pattern on a card's back: crossing lines."""
+    back = Image.new("RGBA", (w, h), "#28518f")
+    draw = ImageDraw.Draw(back)
+    for x in range(-h, w, w // 6):
+        draw.line([(x, 0), (x + h, h)], "#86abdf", 2 * scale)
+        draw.line([(x + h, 0), (x, h)], "#86abdf", 2 * scale)
+    return back
+
+
+def draw_cards(picture, cards, x, y, pitch):
+    """Lay `cards` in a row from (x, y), one every `pitch` pixels or closer; return their boxes."""
+    pitch = min(pitch, (SIZE - x) // len(cards))
+    width = pitch - max(pitch // 12, 2)
+    boxes = []
+    for i, card in enumerate(cards):
+        left = x + i * pitch
+        box = (left, y, left + width, y + width * 3 // 2)
+        picture.paste(card_picture(card, width), box)
+        boxes.append(box)
+    return boxes
+
+
+# --------------------------------------------------------------------------------------------------
+# Blackjack: the best play, by dynamic programming
+
+CARD_PROBABILITY = {number: 1 / 13 for number in range(1, 10)}  # what a card counts -> probability
+CARD_PROBABILITY[10] = 4 / 13  # 10, jack, queen and king
+BUST = 22  # stands for every total above 21
+
+
+@cache
+def dealer_totals(hard, has_ace):
+    """Pairs of (final total, probability) for a dealer's hand; arguments as in `hand_total`."""
+    # At 17 the dealer stops
+    total = hand_total(hard, has_ace)
+    if total >= 17:
+        return ((min(total, BUST), 1.0),)
+
+    # Below 17 the dealer draws: add up what each card leads to
+    totals = dict.fromkeys(range(17, BUST + 1), 0.0)
+    for number, card_probability in CARD_PROBABILITY.items():
+        for final, probability in dealer_totals(hard + number, has_ace or number == 1):
+            totals[final] += card_probability * probability
+    return tuple(totals.items())
+
+
+@cache
+def blackjack_values(hard, has_ace, dealer, loss=-1.0):
+    """Values of (standing, hitting) if the best play follows.
+
+    hard, has_ace: as in `hand_total`; dealer: the number on the dealer's open card, 1 to 10.
+    A win counts 1, a draw 0, a loss `loss`: with -1 a value is the expected return, with 0 the
+    probability of a win.
+    """
+    # Stand: compare the total with each total that the dealer may reach
+    total = hand_total(hard, has_ace)
+    stand = 0.0
+    for final, probability in dealer_totals(dealer, dealer == 1):
+        if final == BUST or final < total:
+            stand += probability
+        elif final > total:
+            stand += probability * loss
+
+    # Hit: add up what each card leads to
+    hit = 0.0
+    for number, probability in CARD_PROBABILITY.items():
+        if hard + number > 21:
+            hit += probability * loss
+        else:
+            hit += probability * max(
+                blackjack_values(hard + number, has_ace or number == 1, dealer, loss)
+            )
+    return stand, hit
+
+
+# --------------------------------------------------------------------------------------------------
+# Formulas: their exact value, and the solver
+
+MAX_ENTRIES = 64  # more than any game allows; a longer formula is refused before it costs time
+OPERATORS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+SYNTAX = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluate_formula(entries):
+    """Exact value (Fraction) of a formula such as ["8", "/", "(", "3", "-", "1", ")"].
+
+    The formula has numbers, + - * / and brackets, but no minus sign in front of a number. Returns
+    None if it is malformed, divides by zero, or has more than MAX_ENTRIES entries.
+    """
+    allowed = {*NUMBERS, *OPERATORS, "(", ")"}
+    if len(entries) > MAX_ENTRIES or not set(entries) <= allowed:
+        return None
+
+    # Let Python parse the text; this runs nothing
+    try:
+        tree = ast.parse(" ".join(entries), mode="eval")
+    except SyntaxError:
+        return None
+    return tree_value(tree.body)
+
+
+def tree_value(node):
+    """Value of a node of Python's syntax tree, or None if it is no formula."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if not isinstance(node, ast.BinOp):  # Python also reads "- 1", "3 ( 4 )" and "( )"
+        return None
+
+    left = tree_value(node.left)
+    right = tree_value(node.right)
+    if left is None or right is None:
+        return None
+    if isinstance(node.op, ast.Div) and right == 0:
+        return None
+    return SYNTAX[type(node.op)](left, right)
+
+
+def solve(numbers, target, formula=()):
+    """The shortest formula over all of `numbers` that equals `target` and begins with `formula`.
+
+    Returns a tuple of entries, or None if there is none.
+    """
+    beginning = tuple(formula)
+    for solution in solutions(tuple(sorted(numbers)), target):
+        if solution[:len(beginning)] == beginning:
+            return solution
+    return None
+
+
+@cache
+def solutions(numbers, target):
+    """All formulas over the sorted tuple `numbers` that equal `target`, shortest first."""
+    # Find them with floats, which are fast, then check them exactly
+    close = {entries for value, _, entries in expressions(numbers) if abs(value - target) < 1e-6}
+    right = [entries for entries in close if evaluate_formula(entries) == target]
+    return sorted(right, key=lambda entries: (len(entries), entries))
+
+
+def expressions(numbers):
+    """Yield all formulas over the sorted tuple `numbers`, as (value, precedence, entries).
+
+    value: a float. precedence: 1 for a sum, 2 for a product, 3 for a single number.
+    """
+    if len(numbers) == 1:
+        yield float(numbers[0]), 3, (str(numbers[0]),)
+
+    # Split the numbers into a left and a right part, in every way
+    indices = range(len(numbers))
+    for size in range(1, len(numbers)):
+        for picked in itertools.combinations(indices, size):
+            left = tuple(numbers[i] for i in picked)
+            right = tuple(numbers[i] for i in indices if i not in picked)
+
+            # Join every formula of one part with every formula of the other
+            for a, b in itertools.product(distinct_expressions(left), distinct_expressions(right)):
+                yield from joined(a, b)
+
+
+@cache
+def distinct_expressions(numbers):
+    """`expressions` without repeats, as a list in a fixed order."""
+    return list(dict.fromkeys(expressions(numbers)))
+
+
+def joined(left, right):
+    """Yield two expressions joined by each operator, with brackets only where they are needed."""
+    left_value, left_precedence, left_entries = left
+    right_value, right_precedence, right_entries = right
+    left_in_brackets = ("(", *left_entries, ")")
+    right_in_brackets = ("(", *right_entries, ")")
+
+    for sign, operation in OPERATORS.items():
+        if sign == "/" and abs(right_value) < 1e-9:
+            continue
+        precedence = 1 if sign in "+-" else 2
+        a = left_in_brackets if left_precedence < precedence else left_entries
+
+        # a-(b-c) and a/(b/c) need their brackets; a+(b-c) and a*(b/c) do not
+        b = right_entries
+        if right_precedence < precedence:
+            b = right_in_brackets
+        elif right_precedence == precedence and sign in "-/":
+            b = right_in_brackets
+        yield operation(left_value, right_value), precedence, (*a, sign, *b)
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld: a fifth game, for those who have installed its packages
+
+ALFRED_TASKS = {  # type of task -> its name in ALFWorld
+    "pick": "pick_and_place_simple",
+    "light": "look_at_obj_in_light",
+    "clean": "pick_clean_then_place_in_recep",
+    "heat": "pick_heat_then_place_in_recep",
+    "cool": "pick_cool_then_place_in_recep",
+    "two": "pick_two_obj_and_place",
+}
+SPLITS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
+
+
+class Change(NamedTuple):
+    """What a task does to its object before the object is put down."""
+    fact: str       # the fact that must become true
+    appliance: str  # the receptacle where this happens
+    ability: str    # ALFWorld's name for objects with which it can be done
+
+
+CHANGES = {  # type of task -> its change; the other types have none
+    "clean": Change("isclean", "sinkbasin", "Cleanable"),
+    "heat": Change("ishot", "microwave", "Heatable"),
+    "cool": Change("iscool", "fridge", "Coolable"),
+}
+
+
+class ALFWorldEnv(Game):
+    """Household tasks in ALFWorld's text engine: find things, heat or clean them, put them down.
+
+    Reward at every step: the share of the goal's conditions that hold, plus 50 on success. The
+    trainer subtracts `illegal_penalty` if an answer named no legal action. Success terminates an
+    episode, 50 steps truncate it.
+
+    split: "train", or "unseen" with other rooms. If the environment variable ALFWORLD_DATA is set,
+    the games are those of ALFWorld's data set (also "seen"). Else they are made from seeds and kept
+    in the user's cache. All types of tasks come equally often.
+
+    State:
+    task, task_type    the task in words, and its type, a key of ALFRED_TASKS
+    observation        the engine's words
+    place, visible     the receptacle in front of the agent (at first ""), and what is seen there
+    carried            the object that the agent carries, or ""
+    won, success       whether the task is done
+    goal_conditions    the share of the goal's conditions that hold
+    subgoal, expert    the expert's aim in words, and its next command
+    """
+    name = "alfworld"
+    actions = ("",) * 256       # up to 256 legal actions, a different list at each step
+    saved = ("game", "played")  # the game's name, and the commands that restore() plays again
+    illegal_penalty = 1.0
+    evaluation = {"split": "unseen"}
+    max_steps = 50
+    games = {"train": 500, "unseen": 50}  # built-in games for each type of task
+
+    def __init__(self, render_mode=None, obs="image", split="train"):
+        data = os.environ.get("ALFWORLD_DATA")
+        splits = SPLITS if data else self.games
+        if split not in splits:
+            condition = "" if data else " (without ALFWORLD_DATA)"
+            raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{condition}")
+        alfworld_engine()  # raises ValueError if the packages are missing
+
+        # The names of all games: a list for each type of task
+        self.split = split
+        self.data = None
+        if data:
+            self.data = Path(data).expanduser() / "json_2.1.1" / SPLITS[split]
+            self.names = data_set(self.data)
+        else:
+            self.names = []
+            for task_type in ALFRED_TASKS:
+                self.names.append([f"{task_type}/{i}" for i in range(self.games[split])])
+        super().__init__(render_mode, obs)
+
+    def deal(self):
+        # A few games of the data set cannot be solved, and their files say so: draw again
+        solvable = False
+        while not solvable:
+            names = self.names[self.np_random.integers(len(self.names))]
+            self.game = names[self.np_random.integers(len(names))]
+            game_and_trajectory = self._load(self.game)
+            solvable = game_and_trajectory[0].get("solvable", True)
+        self._begin(*game_and_trajectory)
+
+    def _load(self, name):
+        if self.data:
+            return data_game(self.data / name)
+        return kept_game(self.split, name)
+
+    def play(self, action):
+        self._act(action)
+        self.played.append(action)
+
+        reward = self._goal_conditions()
+        if self._won:
+            reward += 50
+        truncated = len(self.played) >= self.max_steps and not self._won
+        return reward, self._won, truncated
+
+    def restore(self, snapshot):
+        self._begin(*self._load(snapshot["game"]))
+        for action in snapshot["played"]:
+            self._act(action)
+        return super().restore(snapshot)
+
+    def legal_actions(self):
+        return sorted(self._commands)[:len(self.actions)]
+
+    def state(self):
+        subgoal, command = self._plan()
+        return {
+            "task": self._task,
+            "task_type": self._task_type,
+            "observation": self._observation,
+            "place": self._place,
+            "visible": self._visible(),
+            "carried": self._carried,
+            "won": self._won,
+            "success": self._won,
+            "goal_conditions": self._goal_conditions(),
+            "subgoal": subgoal,
+            "expert": command or self.legal_actions()[0],
+        }
+
+    def _goal_conditions(self):
+        """ALFRED's goal-condition success rate: the share of the conditions that hold, 0 to 1."""
+        objects = [*self._receptacle_of, self._carried]
+        targets = [o for o in objects if kind_of(o) == self._target]
+        placed = [o for o in targets if kind_of(self._receptacle_of.get(o, "")) == self._goal]
+
+        # Two conditions: the object is carried, and a lamp in front of the agent is lit
+        if self._task_type == "light":
+            lamps = [o for o in self._held_in(self._place) if kind_of(o) == self._goal]
+            is_lit = any(("istoggled", lamp) in self._facts for lamp in lamps)
+            return ((self._carried in targets) + is_lit) / 2
+
+        # One or two objects are in the same receptacle
+        if self._task_type in ("pick", "two"):
+            num_wanted = 2 if self._task_type == "two" else 1
+            counts = Counter(self._receptacle_of[o] for o in placed)
+            return min(max(counts.values(), default=0), num_wanted) / num_wanted
+
+        # Three conditions: an object is placed, one is changed, and one is both
+        fact = CHANGES[self._task_type].fact
+        changed = [o for o in targets if (fact, o) in self._facts]
+        both = set(placed) & set(changed)
+        return (bool(placed) + bool(changed) + bool(both)) / 3
+
+    # -- the engine's state
+
+    def _begin(self, game, trajectory):
+        """Begin a game, from the contents of its files game.tw-pddl and traj_data.json."""
+        # Read the task
+        goal = trajectory["pddl_params"]
+        self._task = re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
+        for task_type, alfred_name in ALFRED_TASKS.items():
+            if alfred_name == trajectory["task_type"]:
+                self._task_type = task_type
+        self._target = goal["object_target"].lower()    # the kind of object, such as "mug"
+        self._goal = goal["parent_target"].lower()      # the kind of receptacle, or of lamp
+        if self._task_type == "light":
+            self._goal = goal["toggle_target"].lower()
+
+        # Load the game. Its grammar differs from others only in the task, which nobody asks the
+        # engine for. Without the task all games share one grammar, which takes 50 ms to load.
+        sentence = "Your task is to: "
+        grammar = game["grammar"].replace(sentence + self._task, sentence + "UNKNOWN GOAL")
+        GROUNDED.clear()
+        if game.get("sas"):
+            GROUNDED[game["pddl_problem"]] = game["sas"]
+        engine = alfworld_engine()
+        engine.game.load(game | {"grammar": grammar})
+        self._state = engine.game._pddl_state
+        self._entities = engine.game._entity_infos
+
+        # Look around
+        receptacles = [e.name for e in self._entities.values() if e.type == "receptacle"]
+        self._receptacles = sorted(receptacles)
+        self._operators = []  # what was played, in the engine's numbers
+        self._seen = set()    # the receptacles in which the agent has looked
+        self._place = ""      # the receptacle in front of the agent
+        self.played = []
+        self._observe("#look.feedback#", {})
+
+    def _act(self, command):
+        """Let the engine play a command."""
+        state = self._state
+        action = self._commands[command]
+
+        # All games share one engine: bring it to this game's state first
+        engine = state.downward_lib
+        engine.load_sas(state.sas.encode())
+        atom_type = alfworld_engine().Atom
+        for number, num_effects in self._operators:
+            engine.apply_operator(number, (atom_type * num_effects)())
+
+        # Play the command
+        num_effects = state._operators[action.id].nb_effect_atoms
+        self._operators.append((action.id, num_effects))
+        state.apply(action)
+        self._observe(action.feedback_rule, action.mapping)
+
+    def _observe(self, feedback_rule, mapping):
+        """Read from the engine what is true after an action, and which commands it takes now.
+
+        feedback_rule: the grammar's rule for its words; mapping: placeholder -> thing.
+        """
+        # What the engine says
+        things = {placeholder.name: self._entities[v.name] for placeholder, v in mapping.items()}
+        self._observation = self._state._logic.grammar.derive(feedback_rule, {
+            "state": self._state,
+            "facts": list(self._state.facts),
+            "variables": things,
+            "mapping": mapping,
+            "entity_infos": self._entities,
+        })
+
+        # Whatever the agent does, it then faces the receptacle that the action names
+        for thing in things.values():
+            if thing.type == "receptacle":
+                self._place = thing.name
+
+        # What is true, as tuples such as ("inreceptacle", "mug 1", "desk 2")
+        self._facts = set()
+        for fact in self._state.facts:
+            entities = [self._entities[v.name] for v in fact.arguments if v.name in self._entities]
+            self._facts.add((fact.name, *(entity.name.strip() for entity in entities)))
+        pairs = [names for fact, *names in self._facts if fact == "inreceptacle"]
+        self._receptacle_of = dict(sorted(pairs))
+        held = [names[1] for fact, *names in self._facts if fact == "holds"]
+        self._carried = held[0] if held else ""
+        self._won = bool(self._state.check_goal())
+        if self._place and not self._shut(self._place):
+            self._seen.add(self._place)
+
+        # Which commands the engine takes
+        self._commands = {}
+        for action in self._state.all_applicable_actions():
+            command = self._command(action)
+            if command:
+                self._commands[command] = action
+        self.action_space.n = len(self.legal_actions())
+
+    def _command(self, action):
+        """An action of the engine as a command, or "" if it is of no use to the agent."""
+        # These change nothing, and the picture shows what they would tell
+        if action.name in ("look", "inventory", "help", "examineobject"):
+            return ""
+        template = action.command_template
+        if action.name == "gotolocation":
+            template = "go to {r}"
+        names = {p.name: self._entities[v.name].name for p, v in action.mapping.items()}
+        command = template.format(**names)
+
+        # These change nothing, either. `examine` stays for other receptacles: in the data set's
+        # rooms several may stand at one place, and it turns to another one.
+        if command in (f"go to {self._place}", f"examine {self._place}"):
+            return ""
+        return command
+
+    def _shut(self, receptacle):
+        is_openable = ("openable", receptacle) in self._facts
+        return is_openable and ("opened", receptacle) not in self._facts
+
+    def _held_in(self, receptacle):
+        return [o for o, holder in self._receptacle_of.items() if holder == receptacle]
+
+    def _visible(self):
+        """The objects that the agent sees in front of it."""
+        return [] if self._shut(self._place) else self._held_in(self._place)
+
+    # -- the expert
+
+    @staticmethod
+    def expert(info):
+        """The next command of a plan that uses only what was seen so far."""
+        return info["expert"]
+
+    def _plan(self):
+        """Return (aim in words, next command or "") of an expert who knows only what was seen."""
+        target = self._target
+        goal = self._goal
+        carried = self._carried
+
+        # What the expert knows: objects in receptacles that it has seen
+        known = [o for o, receptacle in self._receptacle_of.items() if receptacle in self._seen]
+        targets = [o for o in known if kind_of(o) == target]
+        goals = [r for r in self._receptacles if kind_of(r) == goal]
+        unchanged = []  # objects of the task that must still be cleaned, heated or cooled
+        if self._task_type in CHANGES:
+            fact = CHANGES[self._task_type].fact
+            unchanged = [o for o in [*targets, carried] if (fact, o) not in self._facts]
+
+        # Two objects must go into the same receptacle: take the one that holds most of them already
+        def num_targets(receptacle):
+            return sum(self._receptacle_of[o] == receptacle for o in targets)
+
+        best_goal = max(goals, key=num_targets, default="")
+
+        # 1. It carries something of no use: put it down, nearby if possible
+        if carried and kind_of(carried) != target:
+            aim = f"put down the {kind_of(carried)}"
+            options = [r for r in self._receptacles if self._fits(r, carried)]
+            if not options:
+                return aim, ""
+            nearest = min(options, key=lambda r: (r != self._place, r not in self._seen, r))
+            return aim, self._go_and(nearest, f"move {carried} to {nearest}")
+
+        # 2. It carries the object that a lamp must shine on: go to the lamp, or look for one
+        if carried and self._task_type == "light":
+            lamps = [o for o in known if kind_of(o) == goal]
+            if not lamps:
+                return self._find(goal)
+            aim = f"look at the {target} under the {goal}"
+            return aim, self._go_and(self._receptacle_of[lamps[0]], f"use {lamps[0]}")
+
+        # 3. It carries an object that must be changed first: go to the appliance
+        if carried and carried in unchanged:
+            appliance = CHANGES[self._task_type].appliance
+            tools = [r for r in self._receptacles if kind_of(r) == appliance]
+            tool = tools[0] if tools else ""
+            command = f"{self._task_type} {carried} with {tool}"
+            return f"{self._task_type} the {target}", self._go_and(tool, command)
+
+        # 4. It carries an object that is ready: put it where it belongs
+        if carried:
+            command = f"move {carried} to {best_goal}"
+            return f"put the {target} in the {goal}", self._go_and(best_goal, command)
+
+        # 5. It carries nothing: take an object that is not yet ready or not yet where it belongs
+        right_places = [best_goal] if self._task_type == "two" else goals
+        wanted = []
+        for o in targets:
+            if o in unchanged or self._receptacle_of[o] not in right_places:
+                wanted.append(o)
+        if not wanted:
+            return self._find(target)
+
+        def effort(o):
+            return (o in unchanged, self._receptacle_of[o] != self._place, o)
+
+        best = min(wanted, key=effort)
+        receptacle = self._receptacle_of[best]
+        return f"take the {target}", self._go_and(receptacle, f"take {best} from {receptacle}")
+
+    def _fits(self, receptacle, thing):
+        fact = ("cancontain", f"{kind_of(receptacle)}type", f"{kind_of(thing)}type")
+        return fact in self._facts
+
+    def _go_and(self, receptacle, command):
+        """Return the first command that the engine takes: go there, open it, `command`; or ""."""
+        steps = [f"examine {receptacle}", f"go to {receptacle}"]
+        if not command.startswith(("heat", "cool")):  # these work with a closed appliance
+            steps.append(f"open {receptacle}")
+        steps.append(command)
+
+        possible = [step for step in steps if step in self._commands]
+        return possible[0] if possible else ""
+
+    def _find(self, kind):
+        """Return (aim in words, next command or ""): look for a kind of thing that was not seen."""
+        article = "an" if kind[0] in "aeiou" else "a"
+        aim = f"find {article} {kind}"
+        unseen = [r for r in self._receptacles if r not in self._seen]
+        if not unseen:
+            return aim, ""
+        likeliest = min(unseen, key=lambda r: (not self._fits(r, kind), r))
+        return aim, self._go_and(likeliest, "")
+
+    # -- the picture: 5 x 5 cells of 60 pixels, because a patch of the embedded model has 60 pixels
+
+    def draw(self):
+        """Row 1: the task. Rows 2, 3: what is in front. Rows 4, 5: the map, and what is carried."""
+        picture = Image.new("RGB", (SIZE, SIZE), PAPER)
+        self._draw_task(picture)
+        self._draw_front(picture)
+        self._draw_map(picture)
+        self._draw_carried(picture)
+        return picture
+
+    def _draw_task(self, picture):
+        """A word for the type of task, the object, an arrow to the goal, and the whole sentence."""
+        word, color = TASK_SIGNS[self._task_type]
+        draw_cell(picture, 0, 0, SIZE, 60, color)
+        draw_text(picture, word, (30, 24), 22, "white", 54, bold=1)
+        for x, name in ((60, self._target), (180, self._goal)):
+            draw_cell(picture, x, 4, 60, 42, "white")
+            self._draw_icon(picture, name, x + 13, 8, 34)
+
+        arrow = [(128, 18), (152, 18), (152, 10), (172, 25), (152, 40), (152, 32), (128, 32)]
+        ImageDraw.Draw(picture).polygon(arrow, "white")
+        draw_text(picture, self._task, (150, 50), 13, "white")
+
+    def _draw_front(self, picture):
+        """The receptacle in front of the agent; beside it up to six objects. Dark: it is closed."""
+        place = self._place
+        objects = self._visible()
+
+        # Two cells, and words if there is nothing to show
+        if self._shut(place):
+            draw_cell(picture, 0, 60, 120, 120, "#d9dfe4")
+            draw_cell(picture, 120, 60, 180, 120, "#3a4450")
+            draw_text(picture, "closed", (210, 120), 20, "white")
+        else:
+            draw_cell(picture, 0, 60, 120, 120, "white")
+            draw_cell(picture, 120, 60, 180, 120, "#e3ddd0")
+            if not objects:
+                words = "nothing here" if place else "go somewhere"
+                draw_text(picture, words, (210, 120), 20, INK)
+
+        # The receptacle
+        if place:
+            self._draw_icon(picture, place, 18, 66, 84)
+            label = place
+            if self._shut(place):
+                label += " (closed)"
+            elif ("opened", place) in self._facts:
+                label += " (open)"
+            draw_text(picture, label, (60, 165), 15, INK, 112)
+
+        # The objects, three in a row
+        for i, name in enumerate(objects[:6]):
+            self._draw_object(picture, name, 120 + i % 3 * 60, 60 + i // 3 * 60)
+        if len(objects) > 6:
+            draw_text(picture, f"+{len(objects) - 6}", (210, 120), 16, "#e0261c", bold=1)
+
+    def _draw_map(self, picture):
+        """All receptacles of the room, with up to three objects that were seen in each."""
+        # Six receptacles fill cells of 60 pixels; the data set's rooms have more, in smaller cells
+        num_columns = 24
+        for columns in (16, 12, 8, 6, 4):
+            if columns * columns // 2 >= len(self._receptacles):
+                num_columns = columns
+        size = 240 // num_columns
+
+        for i, name in enumerate(self._receptacles):
+            x = i % num_columns * size
+            y = 180 + i // num_columns * size
+            is_seen = name in self._seen
+            objects = self._held_in(name) if is_seen else []
+            kinds = {kind_of(o) for o in objects}
+
+            # The cell is yellow if the task's object was seen there and this is not its goal. It is
+            # green if the task's lamp was seen there, and grey if the agent has not looked.
+            if self._target in kinds and kind_of(name) != self._goal:
+                color = "#f7cf4a"
+            elif self._goal in kinds:
+                color = "#9ad29c"
+            elif is_seen:
+                color = "#fffdf2"
+            else:
+                color = "#87909a"
+            outline = "#e0261c" if name == self._place else None  # red: the agent is there
+            draw_cell(picture, x, y, size, size, color, outline)
+
+            # The receptacle, its name if there is room, and its objects
+            self._draw_icon(picture, name, x + size // 10, y + size // 10, size * 8 // 15)
+            if num_columns == 4:
+                if not is_seen:
+                    draw_text(picture, "?", (x + 46, y + 22), 22, "white", bold=1)
+                draw_text(picture, name, (x + 30, y + 48), 10, INK, 52)
+            for j, o in enumerate(objects[:3]):
+                top = y + (5 + 13 * j) * size // 60
+                self._draw_icon(picture, o, x + size * 13 // 20, top, size // 4)
+
+    def _draw_carried(self, picture):
+        draw_cell(picture, 240, 180, 60, 120, "#2b5f4b")
+        draw_text(picture, "carrying", (270, 212), 12, "white")
+        if self._carried:
+            self._draw_object(picture, self._carried, 240, 240)
+        else:
+            draw_text(picture, "nothing", (270, 268), 12, "#a8c8b8")
+
+    def _draw_object(self, picture, name, x, y):
+        """An object in a cell: red if it is hot, blue if it is cold, yellow if it is clean."""
+        if ("ishot", name) in self._facts:
+            color = "#f4a08c"
+        elif ("iscool", name) in self._facts:
+            color = "#9cc8f4"
+        elif ("isclean", name) in self._facts:
+            color = "#f4e28c"
+        else:
+            color = "white"
+        draw_cell(picture, x, y, 60, 60, color)
+        self._draw_icon(picture, name, x + 10, y + 4, 40)
+        draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
+
+        # A large number for "mug 2", none for "mug 1"
+        number = name.split(" ")[-1].strip("1")
+        draw_text(picture, number, (x + 48, y + 15), 22, INK, bold=1)
+
+    def _draw_icon(self, picture, name, x, y, pixels):
+        state = ""
+        if ("opened", name) in self._facts:
+            state = "open"
+        elif ("istoggled", name) in self._facts:
+            state = "lit"
+        image = icon(kind_of(name), pixels, state)
+        picture.paste(image, (x, y), image)
+
+
+def kind_of(name):
+    """The kind of a thing: "mug 2" -> "mug"."""
+    return name.split(" ")[0]
+
+
+def draw_cell(picture, x, y, width, height, color, outline=None):
+    box = [x + 2, y + 2, x + width - 3, y + height - 3]
+    ImageDraw.Draw(picture).rounded_rectangle(box, 6, color, outline, 3)
+
+
+@cache
+def icon(kind, pixels, state=""):
+    """A kind of thing as a picture, transparent around it; state: "", "open" or "lit"."""
+    # Kinds that are not in the table are boxes, in a colour that their name chooses
+    if kind in LOOKS:
+        shape, color = LOOKS[kind]
+    else:
+        number = (zlib.crc32(kind.encode()) & 0x7F7F7F) + 0x303030
+        shape = "box"
+        color = f"#{number:06x}"
+
+    own = ImageColor.getrgb(color)
+    colors = {
+        "own": own,
+        "dark": tuple(int(channel * 0.6) for channel in own),
+        "light": tuple(int(channel * 0.4 + 153) for channel in own),
+        "black": (24, 28, 34),
+        "paper": (244, 241, 234),
+    }
+
+    # Draw it four times too large and shrink it, for smooth edges
+    large = Image.new("RGBA", (pixels * 4, pixels * 4))
+    parts = SHAPES.get(f"{shape} {state}", SHAPES[shape])
+    draw_shape(ImageDraw.Draw(large), parts, 0, 0, pixels * 4 / 100, colors)
+    return large.resize((pixels, pixels), Image.LANCZOS)
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld's rooms: from seeds, or from its data set
+
+ROOMS_VERSION = 3  # raise it when built_in_game() or ROOMS change, or the cache keeps old games
+
+
+def built_in_game(split, task_type, number):
+    """A room with a task, made from seeds: six receptacles, four or five objects.
+
+    Returns (game, trajectory), the contents of ALFWorld's files game.tw-pddl and traj_data.json.
+    """
+    engine = alfworld_engine()
+    can_hold = engine.constants.VAL_RECEPTACLE_OBJECTS  # receptacle -> objects that it can hold
+    abilities = engine.constants.VAL_ACTION_OBJECTS     # "Cleanable", ... -> objects
+    is_train = int(split == "train")
+    rng = np.random.default_rng([is_train, list(ALFRED_TASKS).index(task_type), number])
+
+    # Choose the room: its receptacles, the object of the task, and where the object shall go
+    kinds, receptacles, target, goal, starts = choose_room(rng, split, task_type)
+
+    # Place the things, as pairs of an object and a receptacle: first those of the task, then others
+    things = [(target, pick(rng, starts))]
+    if task_type == "two":
+        things.append((target, pick(rng, starts)))
+    if task_type == "light":
+        things.append(("DeskLamp", pick(rng, lamp_places(receptacles))))
+    others = rng.permutation([kind for kind in kinds if kind != target])
+    num_others = rng.integers(4, 6) - len(things)
+    for kind in others[:num_others]:
+        possible = [r for r in receptacles if kind in can_hold[r]]
+        if possible:
+            things.append((str(kind), pick(rng, possible)))
+
+    # Name them as ALFWorld does. What a sink holds is in "Sink_bar_1_bar_SinkBasin".
+    receptacle_ids = []
+    for i, receptacle in enumerate(receptacles):
+        receptacle_id = f"{receptacle.removesuffix('Basin')}_bar_{i}"
+        if receptacle.endswith("Basin"):
+            receptacle_id += f"_bar_{receptacle}"
+        receptacle_ids.append(receptacle_id)
+    object_ids = [f"{kind}_bar_{i}" for i, (kind, _) in enumerate(things)]
+    receptacle_types = sorted(set(receptacles))
+    object_types = sorted({kind for kind, _ in things})
+
+    # Write the facts: what can be where ...
+    facts = ["(= (total-cost) 0)", "(atLocation agent1 loc_bar_0)"]
+    for receptacle in receptacle_types:
+        for kind in object_types:
+            if kind in can_hold[receptacle]:
+                facts.append(f"(canContain {receptacle}Type {kind}Type)")
+
+    # ... where each receptacle stands, each at its own location ...
+    for i, (receptacle, receptacle_id) in enumerate(zip(receptacles, receptacle_ids), 1):
+        facts.append(f"(receptacleAtLocation {receptacle_id} loc_bar_{i}) "
+                     f"(receptacleType {receptacle_id} {receptacle}Type)")
+        if receptacle in engine.constants.OPENABLE_CLASS_LIST:
+            facts.append(f"(openable {receptacle_id})")
+
+    # ... where each object is, and what can be done with it
+    for object_id, (kind, receptacle) in zip(object_ids, things):
+        position = pick(rng, [i for i, other in enumerate(receptacles) if other == receptacle])
+        facts.append(f"(objectType {object_id} {kind}Type) "
+                     f"(inReceptacle {object_id} {receptacle_ids[position]}) "
+                     f"(objectAtLocation {object_id} loc_bar_{position + 1})")
+        for ability in ("Cleanable", "Heatable", "Coolable", "Toggleable"):
+            if kind in abilities[ability]:
+                facts.append(f"({ability} {object_id})")
+        if kind != "DeskLamp":
+            facts.append(f"(pickupable {object_id})")
+
+    # Declare all names with their types
+    names = ["agent1 - agent"]
+    names += [f"{receptacle}Type - rtype" for receptacle in receptacle_types]
+    names += [f"{kind}Type - otype" for kind in object_types]
+    names += [f"{receptacle_id} - receptacle" for receptacle_id in receptacle_ids]
+    names += [f"{object_id} - object" for object_id in object_ids]
+    names += [f"loc_bar_{i} - location" for i in range(7)]
+
+    # Write the task, in words and as the engine's goal
+    task = engine.goals[ALFRED_TASKS[task_type]]
+    arguments = {"obj": target, "recep": goal, "toggle": "DeskLamp"}
+    small_letters = {key: name.lower() for key, name in arguments.items()}
+    sentence = pick(rng, task["templates"]).format(**small_letters)
+    lines = ["(define (problem room) (:domain alfred)", "(:objects", *names, ")"]
+    lines += ["(:init", *facts, ")"]
+    game = {
+        "pddl_domain": engine.domain,
+        "grammar": engine.grammar.replace("UNKNOWN GOAL", sentence),
+        "solvable": True,
+        "pddl_problem": "\n".join(lines) + task["pddl"].format(**arguments).replace("#", "-"),
+    }
+    trajectory = {
+        "task_type": ALFRED_TASKS[task_type],
+        "pddl_params": {
+            "object_target": target,
+            "parent_target": "" if task_type == "light" else goal,
+            "toggle_target": "DeskLamp" if task_type == "light" else "",
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+    }
+    return game, trajectory
+
+
+def choose_room(rng, split, task_type):
+    """Draw rooms until one belongs to the split and has the task.
+
+    Returns (kinds of objects, receptacles, target, goal, receptacles where the target may start).
+    """
+    constants = alfworld_engine().constants
+    can_hold = constants.VAL_RECEPTACLE_OBJECTS
+    change = CHANGES.get(task_type)
+    while True:
+        # Draw a room of six receptacles, the object of the task, and where it shall go
+        room = pick(rng, [room for room in ROOMS.values() if task_type in room["tasks"]])
+        optional = [str(r) for r in rng.permutation(room["optional"])]
+        receptacles = sorted([*room["always"], *optional][:6])
+        target = pick(rng, room["objects"])
+        appliance = change.appliance if change else ""
+        goal = pick(rng, [r for r in receptacles if r.lower() != appliance])
+
+        # Divide the rooms between the splits: a quarter of them, by a checksum, is for "unseen"
+        is_unseen = zlib.crc32(" ".join(receptacles).encode()) % 4 == 0
+        if is_unseen != (split == "unseen"):
+            continue
+
+        # The task must be possible
+        if target not in can_hold[goal]:
+            continue
+        if change and target not in constants.VAL_ACTION_OBJECTS[change.ability]:
+            continue
+        if task_type == "light" and not lamp_places(receptacles):
+            continue
+
+        # The object must not be at its goal already
+        starts = [r for r in receptacles if target in can_hold[r]]
+        if task_type != "light":
+            starts = [r for r in starts if r != goal]
+        if starts:
+            return room["objects"], receptacles, target, goal, starts
+
+
+def lamp_places(receptacles):
+    """The receptacles on which a lamp can stand."""
+    flat = ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf")
+    return [r for r in receptacles if r in flat]
+
+
+def pick(rng, choices):
+    """A random one of `choices`."""
+    return choices[rng.integers(len(choices))]
+
+
+def kept_game(split, name):
+    """(game, trajectory) of the built-in game `name` ("heat/17"), from the cache if it is there."""
+    folder = game_cache() / split / name
+    if folder.exists():
+        return data_game(folder)
+
+    # Make it, and let the expert play it once: every game that is kept can be solved
+    task_type, number = name.split("/")
+    game, trajectory = built_in_game(split, task_type, int(number))
+    player = ALFWorldEnv(split=split)
+    player._begin(game, trajectory)
+    while not player._won:
+        player.play(player.state()["expert"])
+        if len(player.played) > 40:
+            raise RuntimeError(f"the expert does not solve {split}/{name}: {player._task}")
+    game["walkthrough"] = player.played
+    game["sas"] = player._state.sas  # the grounded problem, which takes 50 ms to make
+
+    # Write it into a folder of another name, then rename that: no process sees half a game
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as unfinished:
+        Path(unfinished, "game.tw-pddl").write_text(json.dumps(game))
+        Path(unfinished, "traj_data.json").write_text(json.dumps(trajectory))
+        with contextlib.suppress(OSError):  # another process was faster, with the same game
+            Path(unfinished).rename(folder)
+    return data_game(folder)
+
+
+@cache
+def game_cache():
+    """The folder for built-in games: in the user's cache, or a temporary one if it is read-only."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "vlm-games" / f"alfworld-{ROOMS_VERSION}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        return folder
+    return Path(tempfile.gettempdir()) / folder.name
+
+
+@lru_cache(maxsize=8)
+def data_set(folder):
+    """The games of a split of ALFWorld's data set: a list of folders for each type of task."""
+    # Leave the same games out as ALFWorld does: those with sliced objects here, and those with
+    # movable receptacles below, because ALFRED_TASKS does not have their type.
+    files = folder.glob("*/*/game.tw-pddl")
+    names = sorted(str(file.parent.relative_to(folder)) for file in files)
+    names = [name for name in names if "Sliced" not in name]
+
+    games = []
+    for alfred_name in ALFRED_TASKS.values():
+        games.append([name for name in names if name.startswith(f"{alfred_name}-")])
+    games = [names for names in games if names]
+    if not games:
+        raise ValueError(f"{folder} holds no ALFWorld games: "
+                         "run alfworld-download, or unset ALFWORLD_DATA")
+    return games
+
+
+@lru_cache(maxsize=512)
+def data_game(folder):
+    """(game, trajectory) of a folder of the data set or of the cache."""
+    try:
+        game = json.loads((folder / "game.tw-pddl").read_text())
+        trajectory = json.loads((folder / "traj_data.json").read_text())
+        # Keep two entries; the whole trajectory has 100 kB
+        return game, {key: trajectory[key] for key in ("task_type", "pddl_params")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no game that can be read ({error}): "
+                         "delete it, or download again") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld's engine: loading it, and functions of its libraries that are replaced
+
+GROUNDED = {}  # the loaded game's problem -> its grounded form, if the game's file has it
+ALFWORLD_MISSING = (
+    "--env alfworld needs its packages: pip install alfworld==0.4.2 "
+    "(see README: it builds from source and needs a compiler)"
+)
+
+
+@cache
+def alfworld_engine():
+    """ALFWorld's text engine and tables, as a namespace; loaded for the first ALFWorld game.
+
+    All games of a process share one engine. A game that acts loads its state into it first, which
+    takes 0.2 ms; an engine for each game would take 33 MB each.
+    """
+    try:
+        with alfworld_imports_quietly():
+            from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+            from alfworld.gen import constants, goal_library
+            from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
+            from textworld.envs.pddl import PddlEnv, logic
+    except ImportError:
+        raise ValueError(ALFWORLD_MISSING) from None
+
+    mend_textworld()
+    speed_up_textworld()
+    return SimpleNamespace(
+        constants=constants,
+        goals=goal_library.gdict,
+        domain=Path(ALFRED_PDDL_PATH).read_text(),
+        grammar=Path(ALFRED_TWL2_PATH).read_text(),
+        game=AlfredDemangler(PddlEnv()),
+        Atom=logic.Atom,
+    )
+
+
+@contextlib.contextmanager
+def alfworld_imports_quietly():
+    """Undo the side effects of the imports: they print, read sys.argv and set ALFWORLD_DATA."""
+    argv = sys.argv
+    data = os.environ.get("ALFWORLD_DATA")
+    sys.argv = ["", "domain", "problem"]
+    os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()  # alfworld makes this folder
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+        del os.environ["ALFWORLD_DATA"]
+        if data is not None:
+            os.environ["ALFWORLD_DATA"] = data
+
+
+def mend_textworld():
+    """Let textworld 1.7.0 run on Python 3.13, where its grammar ends with a NameError.
+
+    It writes the variables of an expression such as "o.name" into locals() before eval(). Since
+    Python 3.13 (PEP 667) such writes are lost, so this gives the variables to eval() directly.
+    """
+    if sys.version_info < (3, 13):
+        return
+    from textworld.envs.pddl import textgen
+
+    def derive(self, context=None):
+        context = context or self.context
+        value = eval(self.expression, dict(context["variables"]))
+        return [textgen.TerminalSymbol(value)]
+
+    textgen.EvalSymbol.derive = derive
+
+
+def speed_up_textworld():
+    """Replace functions of textworld and fast_downward by faster ones with the same results.
+
+    Each comment says how long a reset or a step takes without and with the replacement, if all
+    others are in place (built-in rooms, one core). Together: 10 ms for a reset, 1.9 ms for a step.
+    """
+    with alfworld_imports_quietly():
+        import fast_downward
+        from fast_downward.translate import normalize
+        from fast_downward.translate.pddl_parser import lisp_parser, parsing_functions
+        from textworld.envs.pddl import logic, textgen
+        from textworld.logic import Rule
+
+    # Translate each problem once, not twice at every reset: 15 ms for a reset without it, 10 with.
+    original_pddl2sas = fast_downward.pddl2sas
+
+    @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
+    def translate(domain, problem):
+        # Ground a problem only if its file has no result: 61 ms for a reset without it, 10 with.
+        if problem not in GROUNDED:
+            argv = sys.argv
+            try:
+                return original_pddl2sas(domain, problem)
+            finally:
+                sys.argv = argv  # the original function overwrites it
+        with contextlib.redirect_stdout(io.StringIO()):
+            domain_lists = lisp_parser.parse_nested_list(domain.split("\n"))
+            problem_lists = lisp_parser.parse_nested_list(problem.split("\n"))
+            task = parsing_functions.parse_task(domain_lists, problem_lists)
+            normalize.normalize(task)
+        return task, GROUNDED[problem]
+
+    def pddl2sas(domain, problem, **_):
+        return translate(domain, problem)
+
+    fast_downward.pddl2sas = pddl2sas
+
+    # Copy a grammar's context flat, not deeply, because nothing changes what is in it: 5.3 ms for a
+    # step without it, 1.9 with.
+    def copy_context(context):
+        variables = dict(context["variables"])
+        mapping = dict(context["mapping"])
+        return context | {"variables": variables, "mapping": mapping}
+
+    textgen.copy_context = copy_context
+
+    # Parse each condition of the grammar once: 5.1 ms for a step without it, 1.9 with.
+    Rule.parse_conjunctive_query = lru_cache(maxsize=256)(Rule.parse_conjunctive_query)
+
+    # Parse each sentence of the grammar once: 3.6 ms for a step without it, 1.9 with.
+    textgen._parse_and_convert = lru_cache(maxsize=256)(textgen._parse_and_convert)
+
+    # Load each grammar once: 63 ms for a reset without it, 10 with.
+    logic.GameLogic = lru_cache(maxsize=8)(logic.GameLogic)
+
+
+# --------------------------------------------------------------------------------------------------
+# ALFWorld in THOR: the same tasks with frames of a simulator
+
+
+class ALFWorldThorEnv(ALFWorldEnv):
+    """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, else as `ALFWorldEnv`.
+
+    It plays the data set's games. `visible` and `carried` are what the engine's words say,
+    `subgoal` is the expert's next command, and there is no `place`.
+
+    engine: an `AlfredThorEnv` of one game; left out, it is made from ALFWORLD_DATA.
+    """
+    saved = ("game", "played", "carried")
+
+    def __init__(self, render_mode=None, obs="image", split="train", engine=None):
+        self.engine = engine or thor_engine(split)
+        self.names = [sorted(self.engine.json_file_list)]
+        Game.__init__(self, render_mode, obs)
+
+    def _load(self, name):
+        return {"file": name}, None
+
+    def _begin(self, game, trajectory):
+        self.played = []
+        self.carried = ""
+        self._send(None, True, game["file"])
+        self._task = re.search(r"Your task is to: (.*?)\.?$", self._observation)[1]
+
+    def _act(self, command):
+        self._send(command, False, "")
+
+    def _send(self, command, begin, file):
+        """Let the engine's thread play a command, or begin the game of a file; read its answer."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine.action_queues[0].put((command, begin, file))
+            observations, _, self._answer = self.engine.wait_and_get_info()
+        self._observation = observations[0]
+        self._won = bool(self._answer["won"][0])
+
+        taken = re.search(r"You pick up the (\w+ \d+)", self._observation)
+        if taken:
+            self.carried = taken[1]
+        elif "You put the" in self._observation:
+            self.carried = ""
+
+        commands = set(self._answer["admissible_commands"][0])
+        self._commands = sorted(commands - {"look", "inventory", "help"})
+        self.action_space.n = len(self.legal_actions())
+
+    def _goal_conditions(self):
+        return float(self._answer["goal_condition_success_rate"][0])
+
+    def state(self):
+        # The expert's next command, if it is legal
+        expert = self._commands[0]
+        plan = self._answer["extra.expert_plan"][0]
+        if plan and plan[0] in self._commands:
+            expert = plan[0]
+
+        # The type of task is in the file's name
+        task_type = ""
+        for key, alfred_name in ALFRED_TASKS.items():
+            if alfred_name in str(self._answer["extra.gamefile"][0]):
+                task_type = key
+                break
+
+        # "..., you see a mug 1, and a book 2."
+        visible = []
+        sentence = re.search(r"you see (.*)", self._observation)
+        if sentence:
+            visible = re.findall(r"an? (\w+ \d+)", sentence[1])
+
+        return {
+            "task": self._task,
+            "task_type": task_type,
+            "observation": self._observation,
+            "carried": self.carried,
+            "won": self._won,
+            "success": self._won,
+            "visible": visible,
+            "goal_conditions": self._goal_conditions(),
+            "subgoal": expert,
+            "expert": expert,
+        }
+
+    def draw(self):
+        frame = self.engine.get_frames()[0]  # (height, width, 3) uint8, blue first
+        red_first = np.ascontiguousarray(frame[:, :, ::-1])
+        return Image.fromarray(red_first).resize((SIZE, SIZE))
+
+
+def thor_engine(split):
+    """An `AlfredThorEnv` of one game. ValueError: the simulator, a display or data are missing."""
+    if "ALFWORLD_DATA" not in os.environ:
+        raise ValueError("the THOR engine plays the data set's games: "
+                         "run alfworld-download and set ALFWORLD_DATA")
+    folder = Path(os.environ["ALFWORLD_DATA"]).expanduser() / "json_2.1.1" / SPLITS[split]
+    data_set(folder)  # raises ValueError if it holds no games
+
+    config = {
+        "dataset": {"data_path": str(folder), "num_train_games": -1},
+        "env": {
+            "task_types": [1, 2, 3, 4, 5, 6],
+            "goal_desc_human_anns_prob": 0.0,
+            "thor": {
+                "screen_width": SIZE,
+                "screen_height": SIZE,
+                "smooth_nav": False,
+                "save_frames_to_disk": False,
+                "save_frames_path": "",
+            },
+        },
+        "controller": {"type": "oracle", "load_receps": True, "debug": False},
+        "general": {"training_method": "dagger"},
+        "dagger": {"training": {"max_nb_steps_per_episode": ALFWorldEnv.max_steps}},
+    }
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from alfworld.agents.environment.alfred_thor_env import AlfredThorEnv
+            return AlfredThorEnv(config, "train").init_env(1)  # only "train" has the expert
+    except Exception as error:  # a simulator without a display may raise anything
+        needs = "it needs a display and pip install 'alfworld[full]'"
+        raise ValueError(f"the THOR engine does not start ({error}): {needs}") from None
+
+
+register(ALFWorldThorEnv)
+register(ALFWorldEnv)  # the task "alfworld", until use_thor()
+
+
+def use_thor():
+    """Play the task "alfworld" in THOR from now on."""
+    GAMES["alfworld"] = ALFWorldThorEnv
+
+
+def use_text_engine():
+    """Play the task "alfworld" in ALFWorld's text engine from now on."""
+    GAMES["alfworld"] = ALFWorldEnv
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+# ALFWorld's built-in rooms: types of tasks, the receptacles that are always there, receptacles of
+# which some are there (one that is named twice may come twice), and the objects.
+ROOMS = {
+    "kitchen": {
+        "tasks": ["pick", "clean", "heat", "cool", "two"],
+        "always": ["Fridge", "Microwave", "SinkBasin"],
+        "optional": [
+            "CounterTop", "DiningTable", "Cabinet", "Cabinet", "Drawer", "Drawer", "Shelf",
+            "SideTable", "GarbageCan", "StoveBurner",
+        ],
+        "objects": ["Apple", "Egg", "Tomato", "Bread", "Mug", "Plate", "Pan", "Spoon"],
+    },
+    "living room": {
+        "tasks": ["pick", "light", "two"],
+        "always": ["Sofa", "CoffeeTable"],
+        "optional": [
+            "ArmChair", "SideTable", "Drawer", "Drawer", "Shelf", "Cabinet", "DiningTable", "Safe",
+        ],
+        "objects": ["Book", "KeyChain", "RemoteControl", "Pillow", "Newspaper", "Vase"],
+    },
+    "bedroom": {
+        "tasks": ["pick", "light", "two"],
+        "always": ["Bed", "Desk"],
+        "optional": [
+            "Dresser", "Drawer", "Drawer", "Shelf", "SideTable", "Safe", "ArmChair", "CounterTop",
+        ],
+        "objects": ["Book", "AlarmClock", "CellPhone", "CD", "Pencil", "Pillow"],
+    },
+    "bathroom": {
+        "tasks": ["pick", "clean", "two"],
+        "always": ["SinkBasin", "Toilet"],
+        "optional": [
+            "CounterTop", "Cabinet", "Cabinet", "Drawer", "BathtubBasin", "GarbageCan", "Shelf",
+            "Cart",
+        ],
+        "objects": ["SoapBar", "Cloth", "ToiletPaper", "Candle", "SprayBottle", "HandTowel"],
+    },
+}
+
+# Types of ALFWorld's tasks: the word and the colour at the top of the picture
+TASK_SIGNS = {
+    "pick": ("PUT", "#50606e"),
+    "light": ("LOOK", "#9a7a10"),
+    "clean": ("CLEAN", "#1f8a8a"),
+    "heat": ("HEAT", "#b8331f"),
+    "cool": ("COOL", "#2a5fc0"),
+    "two": ("TWO", "#7a3f9a"),
+}
+
+# Suits, on a grid of 200 x 200. The sides of heart and spade touch their circles without a corner.
+SUIT_SHAPES = {
+    "S": [
+        ("ellipse", "own", (4, 80, 104, 180)),
+        ("ellipse", "own", (96, 80, 196, 180)),
+        ("polygon", "own", (100, 0, 11, 105, 60, 150, 140, 150, 189, 105)),
+        ("polygon", "own", (100, 120, 140, 200, 60, 200)),
+    ],
+    "H": [
+        ("ellipse", "own", (4, 20, 104, 120)),
+        ("ellipse", "own", (96, 20, 196, 120)),
+        ("polygon", "own", (100, 200, 11, 95, 60, 50, 140, 50, 189, 95)),
+    ],
+    "D": [
+        ("polygon", "own", (100, 0, 175, 100, 100, 200, 25, 100)),
+    ],
+    "C": [
+        ("ellipse", "own", (52, 2, 148, 98)),
+        ("ellipse", "own", (2, 77, 98, 173)),
+        ("ellipse", "own", (102, 77, 198, 173)),
+        ("polygon", "own", (100, 100, 140, 200, 60, 200)),
+    ],
+}
+
+# How kinds of things look: a shape and a colour. All other kinds are boxes.
+LOOKS = {
+    "apple": ("round", "#d22b2b"),
+    "tomato": ("round", "#f26b3a"),
+    "potato": ("round", "#a9814f"),
+    "lettuce": ("round", "#6aa83a"),
+    "egg": ("egg", "#f0d9a8"),
+    "bread": ("loaf", "#c98a45"),
+    "mug": ("cup", "#3c6fc4"),
+    "cup": ("cup", "#3aa89a"),
+    "plate": ("dish", "#9fb3c8"),
+    "bowl": ("dish", "#b06fc0"),
+    "garbagecan": ("can", "#6f7f6f"),
+    "pan": ("pan", "#4a4f57"),
+    "pot": ("pan", "#7a6f66"),
+    "pillow": ("soft", "#7f6fd0"),
+    "spoon": ("stick", "#8d99a6"),
+    "knife": ("stick", "#56606b"),
+    "cd": ("ring", "#3fb8e0"),
+    "pencil": ("pencil", "#e8b21e"),
+    "book": ("book", "#a03a8c"),
+    "newspaper": ("paper", "#cfc8b4"),
+    "remotecontrol": ("device", "#33373d"),
+    "cellphone": ("device", "#2f8f4f"),
+    "spraybottle": ("bottle", "#2fa0d8"),
+    "vase": ("bottle", "#d0568c"),
+    "cloth": ("cloth", "#3fa08f"),
+    "handtowel": ("cloth", "#e88aa0"),
+    "toiletpaper": ("roll", "#c8c8d4"),
+    "keychain": ("key", "#d8a020"),
+    "soapbar": ("bar", "#f09ab8"),
+    "dishsponge": ("bar", "#e8c83a"),
+    "alarmclock": ("clock", "#d8402f"),
+    "candle": ("candle", "#e8a83a"),
+    "microwave": ("oven", "#6f7883"),
+    "desklamp": ("lamp", "#e8902a"),
+    "floorlamp": ("lamp", "#d0a848"),
+    "diningtable": ("table", "#8a5a33"),
+    "sidetable": ("table", "#b58a5a"),
+    "coffeetable": ("table", "#6f4a2f"),
+    "desk": ("table", "#9c6b3f"),
+    "countertop": ("counter", "#8b9aa5"),
+    "dresser": ("counter", "#a4713f"),
+    "sofa": ("seat", "#4f78b8"),
+    "armchair": ("seat", "#b85f4f"),
+    "bed": ("bed", "#6f8fc8"),
+    "sinkbasin": ("basin", "#6fb0d0"),
+    "bathtubbasin": ("basin", "#4fa0a8"),
+    "toilet": ("basin", "#a8b4bc"),
+    "shelf": ("shelf", "#a87f4f"),
+    "cart": ("shelf", "#8f9fa8"),
+    "stoveburner": ("burner", "#d0502a"),
+    "fridge": ("door", "#9fb8cc"),
+    "cabinet": ("door", "#c09058"),
+    "safe": ("door", "#5a7a6a"),
+    "drawer": ("drawer", "#b87f48"),
+}
+
+# Shapes, on a grid of 100 x 100: from back to front, a form, a colour and the form's coordinates.
+# "own" is the thing's colour; "dark" and "light" are made from it.
+SHAPES = {
+    "round": [
+        ("ellipse", "own", (14, 20, 86, 92)),
+        ("polygon", "black", (47, 24, 60, 4, 66, 6, 54, 26)),
+        ("ellipse", "light", (28, 32, 46, 50)),
+    ],
+    "egg": [
+        ("ellipse", "own", (24, 10, 76, 92)),
+        ("ellipse", "light", (34, 24, 50, 48)),
+    ],
+    "loaf": [
+        ("rectangle", "own", (8, 44, 92, 86)),
+        ("ellipse", "own", (8, 20, 92, 68)),
+        ("rectangle", "dark", (34, 40, 38, 84)),
+        ("rectangle", "dark", (62, 40, 66, 84)),
+    ],
+    "cup": [
+        ("ellipse", "dark", (48, 32, 96, 78)),
+        ("ellipse", "paper", (60, 44, 84, 66)),
+        ("rectangle", "own", (14, 20, 70, 92)),
+        ("rectangle", "light", (14, 20, 70, 32)),
+    ],
+    "box": [
+        ("rectangle", "own", (8, 24, 92, 92)),
+        ("rectangle", "dark", (8, 24, 92, 42)),
+    ],
+    "dish": [
+        ("ellipse", "own", (2, 24, 98, 84)),
+        ("ellipse", "light", (22, 36, 78, 70)),
+    ],
+    "can": [
+        ("polygon", "own", (20, 24, 80, 24, 70, 98, 30, 98)),
+        ("rectangle", "dark", (12, 12, 88, 26)),
+    ],
+    "pan": [
+        ("rectangle", "black", (60, 50, 100, 64)),
+        ("ellipse", "own", (4, 22, 72, 92)),
+        ("ellipse", "dark", (16, 34, 60, 80)),
+    ],
+    "soft": [
+        ("ellipse", "own", (2, 20, 98, 88)),
+        ("ellipse", "light", (22, 34, 78, 74)),
+    ],
+    "stick": [
+        ("polygon", "own", (8, 84, 66, 28, 76, 38, 18, 94)),
+        ("ellipse", "own", (56, 2, 98, 44)),
+    ],
+    "ring": [
+        ("ellipse", "own", (8, 8, 92, 92)),
+        ("ellipse", "paper", (36, 36, 64, 64)),
+    ],
+    "pencil": [
+        ("polygon", "own", (16, 70, 70, 12, 90, 30, 34, 88)),
+        ("polygon", "black", (16, 70, 34, 88, 6, 96)),
+        ("polygon", "dark", (70, 12, 90, 30, 96, 8)),
+    ],
+    "book": [
+        ("rectangle", "own", (14, 8, 86, 94)),
+        ("rectangle", "light", (30, 22, 74, 46)),
+        ("rectangle", "dark", (14, 8, 24, 94)),
+    ],
+    "paper": [
+        ("rectangle", "own", (10, 12, 90, 92)),
+        ("rectangle", "black", (20, 24, 80, 36)),
+        ("rectangle", "dark", (20, 46, 80, 52)),
+        ("rectangle", "dark", (20, 62, 80, 68)),
+        ("rectangle", "dark", (20, 78, 60, 84)),
+    ],
+    "device": [
+        ("rectangle", "own", (28, 4, 72, 98)),
+        ("rectangle", "light", (36, 14, 64, 56)),
+        ("ellipse", "black", (42, 70, 58, 86)),
+    ],
+    "bottle": [
+        ("rectangle", "own", (26, 36, 74, 98)),
+        ("rectangle", "dark", (42, 6, 58, 38)),
+        ("rectangle", "black", (38, 2, 62, 14)),
+        ("rectangle", "light", (34, 56, 66, 80)),
+    ],
+    "cloth": [
+        ("polygon", "own", (6, 20, 94, 12, 90, 88, 10, 80)),
+        ("rectangle", "light", (20, 34, 80, 42)),
+        ("rectangle", "light", (20, 56, 80, 64)),
+    ],
+    "roll": [
+        ("rectangle", "own", (14, 30, 86, 90)),
+        ("ellipse", "own", (14, 14, 86, 50)),
+        ("ellipse", "dark", (38, 24, 62, 40)),
+    ],
+    "key": [
+        ("ellipse", "own", (4, 26, 52, 74)),
+        ("ellipse", "paper", (18, 40, 38, 60)),
+        ("rectangle", "own", (48, 44, 98, 56)),
+        ("rectangle", "own", (76, 50, 84, 76)),
+        ("rectangle", "own", (90, 50, 98, 70)),
+    ],
+    "bar": [
+        ("rectangle", "own", (8, 30, 92, 80)),
+        ("rectangle", "light", (20, 42, 80, 66)),
+    ],
+    "clock": [
+        ("ellipse", "own", (8, 12, 92, 96)),
+        ("ellipse", "light", (20, 24, 80, 84)),
+        ("rectangle", "black", (47, 30, 53, 56)),
+        ("rectangle", "black", (47, 52, 70, 58)),
+        ("ellipse", "own", (8, 2, 34, 28)),
+        ("ellipse", "own", (66, 2, 92, 28)),
+    ],
+    "candle": [
+        ("rectangle", "own", (34, 38, 66, 96)),
+        ("ellipse", "black", (46, 26, 54, 40)),
+        ("polygon", "light", (50, 2, 62, 24, 50, 36, 38, 24)),
+    ],
+    "oven": [
+        ("rectangle", "own", (2, 16, 98, 84)),
+        ("rectangle", "dark", (8, 22, 72, 78)),
+        ("rectangle", "light", (14, 28, 66, 72)),
+        ("rectangle", "black", (78, 28, 92, 40)),
+        ("rectangle", "black", (78, 48, 92, 54)),
+        ("rectangle", "black", (78, 60, 92, 66)),
+    ],
+    "oven open": [
+        ("rectangle", "own", (2, 16, 98, 84)),
+        ("rectangle", "black", (8, 22, 72, 78)),
+        ("polygon", "dark", (8, 78, 72, 78, 66, 100, 2, 100)),
+        ("rectangle", "black", (78, 28, 92, 40)),
+        ("rectangle", "black", (78, 48, 92, 54)),
+        ("rectangle", "black", (78, 60, 92, 66)),
+    ],
+    "lamp": [
+        ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)),
+        ("rectangle", "black", (45, 52, 55, 88)),
+        ("rectangle", "black", (24, 86, 76, 96)),
+    ],
+    "lamp lit": [
+        ("ellipse", "light", (0, 0, 100, 96)),
+        ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)),
+        ("rectangle", "black", (45, 52, 55, 88)),
+        ("rectangle", "black", (24, 86, 76, 96)),
+    ],
+    "table": [
+        ("rectangle", "dark", (12, 42, 24, 98)),
+        ("rectangle", "dark", (76, 42, 88, 98)),
+        ("rectangle", "own", (2, 28, 98, 46)),
+    ],
+    "counter": [
+        ("rectangle", "dark", (8, 40, 92, 98)),
+        ("rectangle", "black", (49, 46, 51, 94)),
+        ("rectangle", "own", (2, 24, 98, 42)),
+    ],
+    "seat": [
+        ("rectangle", "own", (10, 14, 90, 66)),
+        ("rectangle", "dark", (20, 50, 80, 82)),
+        ("rectangle", "own", (2, 38, 22, 88)),
+        ("rectangle", "own", (78, 38, 98, 88)),
+    ],
+    "bed": [
+        ("rectangle", "dark", (2, 20, 10, 96)),
+        ("rectangle", "dark", (90, 56, 98, 96)),
+        ("rectangle", "own", (6, 56, 94, 82)),
+        ("ellipse", "light", (12, 42, 44, 64)),
+    ],
+    "basin": [
+        ("rectangle", "black", (44, 8, 54, 44)),
+        ("rectangle", "black", (44, 8, 72, 18)),
+        ("polygon", "own", (2, 42, 98, 42, 80, 94, 20, 94)),
+        ("ellipse", "light", (14, 36, 86, 54)),
+    ],
+    "shelf": [
+        ("rectangle", "own", (2, 24, 98, 34)),
+        ("rectangle", "own", (2, 56, 98, 66)),
+        ("rectangle", "own", (2, 88, 98, 98)),
+        ("rectangle", "dark", (8, 10, 14, 98)),
+        ("rectangle", "dark", (86, 10, 92, 98)),
+    ],
+    "burner": [
+        ("rectangle", "black", (6, 20, 94, 96)),
+        ("ellipse", "own", (18, 26, 82, 90)),
+        ("ellipse", "black", (32, 40, 68, 76)),
+        ("ellipse", "own", (44, 52, 56, 64)),
+    ],
+    "door": [
+        ("rectangle", "own", (16, 2, 84, 98)),
+        ("rectangle", "dark", (22, 8, 78, 92)),
+        ("rectangle", "own", (26, 12, 74, 88)),
+        ("rectangle", "black", (64, 42, 70, 62)),
+    ],
+    "door open": [
+        ("rectangle", "own", (16, 2, 84, 98)),
+        ("rectangle", "black", (24, 10, 76, 90)),
+        ("polygon", "dark", (16, 2, 0, 14, 0, 100, 16, 98)),
+    ],
+    "drawer": [
+        ("rectangle", "own", (4, 14, 96, 90)),
+        ("rectangle", "dark", (12, 24, 88, 80)),
+        ("rectangle", "black", (38, 46, 62, 56)),
+    ],
+    "drawer open": [
+        ("rectangle", "own", (4, 4, 96, 60)),
+        ("rectangle", "black", (12, 12, 88, 56)),
+        ("polygon", "dark", (4, 56, 96, 56, 100, 98, 0, 98)),
+        ("rectangle", "black", (38, 72, 62, 82)),
+    ],
+}
+
+
+# --------------------------------------------------------------------------------------------------
 # On its own: play in the terminal
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults where there are some; to bad input one line and exit code 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_Help, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: finite numbers of a `kind`, int or float, from `low` to `high`, both included."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and value < math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is not {'a whole number' if kind is int else 'a number'} "
-                                         f"of at least {low}" + f" and at most {high}" * (high < math.inf))
-    return parse
-
-
-positive_int, natural_int = number(int, 1), number(int, 0)
-
-
 def show(image, columns=60):
-    """A picture as coloured half-blocks, for terminals."""
-    pixels = np.asarray(Image.fromarray(image).resize((columns, columns)))
-    for upper, lower in zip(pixels[::2], pixels[1::2]):
-        line = ("\033[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*u, *v) for u, v in zip(upper, lower))
-        print("".join(line) + "\033[0m")
+    """Print a picture as coloured half-blocks."""
+    small = Image.fromarray(image).resize((columns, columns))
+    pixels = np.asarray(small).tolist()
+    for upper_row, lower_row in zip(pixels[::2], pixels[1::2]):
+        line = ""
+        for (r, g, b), (r2, g2, b2) in zip(upper_row, lower_row):
+            line += f"\033[38;2;{r};{g};{b};48;2;{r2};{g2};{b2}m\u2580"
+        print(line + "\033[0m")
 
 
 def main():
-    parser = Parser(description="Play a game in the terminal.")
+    parser = argparse.ArgumentParser(
+        description="Play a game in the terminal.",
+        usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--env", choices=GAMES, default="blackjack", help="the game")
-    parser.add_argument("--seed", type=natural_int, default=None, help="fixes the episode")
-    parser.add_argument("--picture", default="game.png", help="file for the picture that the model would see")
+    parser.add_argument("--seed", type=int, help="fixes the episode")
+    parser.add_argument("--picture", default="game.png", help="file for what the model would see")
     args = parser.parse_args()
-    game = gym.make(env_id(args.env)).unwrapped
-    image, info = game.reset(seed=args.seed)
+
+    try:
+        game = GAMES[args.env]()
+        image, info = game.reset(seed=args.seed)
+    except (ValueError, gym.error.Error) as error:
+        parser.error(str(error))
+
     while not game.over:
+        # Show the picture
         try:
             Image.fromarray(image).save(args.picture)
         except (OSError, ValueError) as error:
             parser.error(f"cannot write {args.picture}: {error}")
-        show(image) if sys.stdout.isatty() else print(f"picture: {args.picture}")
-        legal, hint = info["legal_actions"], expert_action(info)
+        if sys.stdout.isatty():
+            show(image)
+        else:
+            print(f"picture: {args.picture}")
+
+        # Ask for an action
+        legal_actions = info["legal_actions"]
+        choices = f"{', '.join(legal_actions)}; the expert plays {expert_action(info)}"
         try:
-            action = input(f"your action ({', '.join(legal)}; the expert plays {hint}): ").strip()
+            action = input(f"your action ({choices}): ").strip()
         except (EOFError, KeyboardInterrupt):
-            return print()
-        if action not in legal:
+            print()
+            return
+
+        # Play it
+        if action not in legal_actions:
             print("that is not one of the actions")
             continue
-        image, reward, _, _, info = game.step(legal.index(action))
+        image, reward, _, _, info = game.step(legal_actions.index(action))
         print(f"reward {reward:+.0f}")
-    show(image) if sys.stdout.isatty() else None
-    print(f"return {game.episode_return:+.0f}, {'success' if info['success'] else 'no success'}")
+
+    if sys.stdout.isatty():
+        show(image)
+    outcome = "success" if info["success"] else "no success"
+    print(f"return {game.episode_return:+.0f}, {outcome}")
 
 
 if __name__ == "__main__":

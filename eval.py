@@ -2,9 +2,12 @@
 
     python eval.py --run runs/blackjack --episodes 1000 --seed 0
     python eval.py --env blackjack --policy expert --episodes 1000 --json
+    python eval.py --env blackjack --model llava-hf/llava-v1.6-mistral-7b-hf
 
-An agent is a function (pictures, infos) -> list of (action, was_legal), one for each environment.
+To read: the three agents and `evaluate`. An agent is a function (pictures, infos) -> list of
+(action, was_legal), one for each environment. All that follows shows results in other ways.
 """
+import argparse
 import base64
 import hashlib
 import io
@@ -12,15 +15,17 @@ import itertools
 import json
 import math
 import os
+import re
+import sys
 import textwrap
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -30,10 +35,15 @@ import prompts
 
 EVAL_SEEDS = 1_000_000  # evaluation episodes are seeded from here on, training episodes below
 
+# -------------------------------------------------------------------------------------------------
+# Agents
+
 
 def random_agent(rng):
-    """Uniformly random legal actions."""
-    return lambda images, infos: [(str(rng.choice(info["legal_actions"])), True) for info in infos]
+    """An agent that plays uniformly random legal actions."""
+    def agent(images, infos):
+        return [(str(rng.choice(info["legal_actions"])), True) for info in infos]
+    return agent
 
 
 def expert_agent(images, infos):
@@ -42,335 +52,963 @@ def expert_agent(images, infos):
 
 
 def model_agent(policy, rng, style="full"):
-    """A vision-language model: picture and prompt in, answer out, parsed by f; style: of the prompt."""
+    """An agent that asks a model: picture and prompt in, answer out, parsed by f.
+
+    style: of the prompt; rng: chooses the action where an answer names no legal one.
+    """
     def agent(images, infos):
-        answers = policy.act(images, [prompts.build_prompt(info, style) for info in infos])
-        return [prompts.parse_action(answer.text, info["legal_actions"], rng) for answer, info in zip(answers, infos)]
+        texts = [prompts.build_prompt(info, style) for info in infos]
+        answers = policy.act(images, texts)
+        return [prompts.parse_action(answer.text, info["legal_actions"], rng)
+                for answer, info in zip(answers, infos)]
     return agent
 
 
-class ApiError(Exception):
-    """What a server behind --api-base refused, or that the limit of requests is reached, in one line."""
+# -------------------------------------------------------------------------------------------------
+# Evaluation
 
 
-class ApiModel:
-    """A model behind an OpenAI-compatible chat completion endpoint, zero-shot; `act` as in `VLMPolicy`, texts alone.
+def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="evaluation"):
+    """Play `episodes` episodes of the task `name`, and return rates and means as a dict.
 
-    Every answer is kept in the file `cache` (JSON lines), so that an evaluation that stopped goes on without paying
-    twice. Refusals (429), faults of the server (5xx) and time-outs are asked again, `tries` times, after 1, 2, 4, ...
-    seconds. What is no chat completion, or longer than `max_bytes`, counts as an empty answer. Raises ApiError where
-    the server refuses for good or `max_requests` are spent.
+    Episode i is the same for every agent with the same seed. ALFWorld is played in rooms that
+    training has not seen. The dict holds
+
+        episodes, seconds
+        success_rate     share of successful episodes
+        ci95             its 95 % confidence interval, [low, high]
+        mean_return      rewards less the penalties for illegal answers, summed over an episode
+        illegal_rate     share of the steps whose answer named no legal action
+        episode_length   mean number of steps
+        by_task_type     type -> [success rate, episodes], where a task has several types
     """
-    tries, max_bytes, max_characters = 6, 1_000_000, 10_000
+    began = time.time()
 
-    def __init__(self, base, name, key, cache, max_requests=math.inf, timeout=60, wait=time.sleep):
-        self.client = httpx2.Client(timeout=timeout, headers={"Authorization": f"Bearer {key or 'none'}"})
-        self.url = f"{base.rstrip('/')}/chat/completions"
-        self.base, self.name, self.key, self.max_requests, self.wait = base, name, key, max_requests, wait
-        self.requests, self.asked, self.lock, self.known = 0, Counter(), threading.Lock(), {}
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        self.file = cache.open("a")
-        whole, end, _ = cache.read_bytes().rpartition(b"\n")  # what follows was torn by the end of a process
-        for line in whole.splitlines():
-            self.known |= json.loads(line)
-        self.file.truncate(len(whole + end))
+    # Deal the first N episodes. A game that ends begins the episode of the next seed.
+    num_games = min(num_envs, episodes)
+    first_seed = EVAL_SEEDS * (seed + 1)
+    games = env.Games(name, num_games, first_seed, obs, evaluation=True)
+    next_seeds = itertools.count(first_seed + num_games)
 
-    def act(self, images, prompts):
-        """Answers, each with a `text`, to N pictures (uint8, N x H x W x 3) and prompts."""
-        keys = []
-        for image, prompt in zip(images, prompts):  # a state that comes again is asked again, for another sample
-            question = hashlib.sha256(f"{self.name}\0{prompt}\0".encode() + image.tobytes()).hexdigest()
-            self.asked[question] += 1
-            keys.append(f"{question}-{self.asked[question]}")
-        with ThreadPoolExecutor(8) as pool:
-            return [SimpleNamespace(text=text) for text in pool.map(self._answer, keys, images, prompts)]
+    is_counted = np.ones(num_games, bool)       # (N,) does this game play one of the `episodes`?
+    reward_so_far = np.zeros(num_games)         # (N,) in its present episode
+    steps_so_far = np.zeros(num_games, int)     # (N,) in its present episode
+    num_illegal = 0
+    finished = []                               # one dict for each episode
 
-    def _answer(self, key, image, prompt):
-        if key not in self.known:
-            text = self._ask(image, prompt)
-            with self.lock:
-                self.known[key] = text
-                self.file.write(json.dumps({key: text}) + "\n")
-                self.file.flush()
-        return self.known[key]
+    with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as progress:
+        while is_counted.any():
+            # Ask the agent for an action in every game that is counted
+            playing = np.flatnonzero(is_counted)
+            decisions = agent(games.images[playing], [games.infos[i] for i in playing])
 
-    def _ask(self, image, prompt):
-        Image.fromarray(image).save(picture := io.BytesIO(), "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-        question = {"model": self.name, "messages": [{"role": "user", "content": content}], "max_tokens": 512}
-        for attempt in range(self.tries):
-            with self.lock:
-                if self.requests >= self.max_requests:
-                    raise ApiError(f"--max-requests {self.max_requests} are spent; the same line goes on from there")
-                self.requests += 1
-            try:
-                with self.client.stream("POST", self.url, json=question) as response:
-                    body, began = b"", time.monotonic()
-                    for chunk in response.iter_bytes():
-                        body += chunk
-                        if len(body) > self.max_bytes:
-                            return ""
-                        if time.monotonic() - began > self.client.timeout.read:  # it drips in
-                            raise httpx2.ReadTimeout("too slow")
-                if response.is_success:
-                    return str(json.loads(body)["choices"][0]["message"]["content"] or "")[:self.max_characters]
-                reason = f"{response.status_code} {body.decode(errors='replace')}"
-                if response.status_code < 500 and response.status_code not in (408, 429):
-                    break
-            except httpx2.RequestError as error:
-                reason = type(error).__name__
-            except (ValueError, TypeError, LookupError, RecursionError):
-                return ""
-            self.wait(2 ** attempt)
-        reason = reason.replace(self.key, "(key)") if self.key else reason
-        raise ApiError(f"{self.base}: {ascii(reason)[1:-1][:300]}")
+            # Play. All games move together, so those that are not counted play any legal action.
+            actions = [info["legal_actions"][0] for info in games.infos]
+            for i, (action, was_legal) in zip(playing, decisions):
+                actions[i] = action
+                if not was_legal:
+                    num_illegal += 1
+                    reward_so_far[i] -= env.GAMES[name].illegal_penalty
+            step = games.step(actions, next_seeds)
+            reward_so_far += step["rewards"]
+            steps_so_far += 1
+
+            # Note the episodes that ended, and count the next one only if it is still wanted
+            ended = step["terminated"] | step["truncated"]
+            for i in np.flatnonzero(ended & is_counted):
+                info = step["infos"][i]
+                finished.append({
+                    "success": info["success"],
+                    "return": reward_so_far[i],
+                    "length": steps_so_far[i],
+                    "task_type": info.get("task_type"),
+                })
+                progress.update()
+                reward_so_far[i] = 0
+                steps_so_far[i] = 0
+                num_dealt = num_games + len(finished)
+                is_counted[i] = num_dealt <= episodes
+
+    # Sum up
+    successes = [episode["success"] for episode in finished]
+    lengths = [episode["length"] for episode in finished]
+    result = {
+        "episodes": episodes,
+        "success_rate": float(np.mean(successes)),
+        "ci95": wilson_interval(sum(successes), episodes),
+        "mean_return": float(np.mean([episode["return"] for episode in finished])),
+        "illegal_rate": num_illegal / int(np.sum(lengths)),
+        "episode_length": float(np.mean(lengths)),
+        "seconds": round(time.time() - began, 2),
+    }
+
+    # ALFWorld has several types of tasks: add the success of each
+    by_type = {}
+    for episode in finished:
+        if episode["task_type"] is not None:
+            by_type.setdefault(episode["task_type"], []).append(episode["success"])
+    if by_type:
+        result["by_task_type"] = {
+            kind: [float(np.mean(by_type[kind])), len(by_type[kind])] for kind in sorted(by_type)}
+    return result
 
 
 def wilson_interval(successes, n, z=1.96):
     """95 % confidence interval of a rate (Wilson's score interval), as [low, high]."""
-    p = successes / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max((center - half) / (1 + z * z / n), 0.0), min((center + half) / (1 + z * z / n), 1.0)]
+    rate = successes / n
+    center = rate + z * z / (2 * n)
+    half_width = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low = (center - half_width) / (1 + z * z / n)
+    high = (center + half_width) / (1 + z * z / n)
+    return [max(low, 0.0), min(high, 1.0)]
 
 
-def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="evaluation"):
-    """Play `episodes` episodes of the task `name`; episode i is the same for every agent with the same seed.
-
-    ALFWorld is played in rooms that training has not seen.
-
-    Returns a dict: episodes, success_rate, ci95 ([low, high]), mean_return, illegal_rate (share of steps whose answer
-    named no legal action), episode_length (mean, in steps), seconds; and where the task has several types,
-    by_task_type: type -> [success rate, episodes].
-    """
-    began, n, first = time.time(), min(num_envs, episodes), EVAL_SEEDS * (seed + 1)
-    games, seeds = env.Games(name, n, first, obs, evaluation=True), itertools.count(first + n)
-    active, returns, lengths, illegal = np.ones(n, bool), np.zeros(n), np.zeros(n, int), 0
-    finished = []  # (success, return, length, type of task) of each episode
-    with tqdm(total=episodes, desc=label, unit="episode", disable=None, leave=False) as bar:
-        while active.any():
-            playing = np.flatnonzero(active)
-            actions = [info["legal_actions"][0] for info in games.infos]
-            answers = agent(games.images[playing], [games.infos[i] for i in playing])
-            for i, (action, was_legal) in zip(playing, answers):
-                actions[i] = action
-                illegal += not was_legal
-                returns[i] -= 0 if was_legal else env.GAMES[name].illegal_penalty
-            step = games.step(actions, seeds)
-            returns, lengths = returns + step["rewards"], lengths + 1
-            for i in np.flatnonzero((step["terminated"] | step["truncated"]) & active):
-                info = step["infos"][i]
-                finished.append((info["success"], returns[i], lengths[i], info.get("task_type")))
-                bar.update()
-                returns[i] = lengths[i] = 0
-                active[i] = n + len(finished) <= episodes  # else its place is played on, but not counted
-    success, returns, lengths, kinds = map(np.array, zip(*finished))
-    types = {kind: [float(success[kinds == kind].mean()), int((kinds == kind).sum())]
-             for kind in sorted({*kinds.tolist()} - {None})}
-    result = {"episodes": episodes, "success_rate": float(success.mean()),
-              "ci95": wilson_interval(success.sum(), episodes), "mean_return": float(returns.mean()),
-              "illegal_rate": illegal / int(lengths.sum()), "episode_length": float(lengths.mean()),
-              "seconds": round(time.time() - began, 2)}
-    return result | ({"by_task_type": types} if types else {})
-
-
-def read_fields(text):
-    """The fields of an answer; none where it is no JSON object."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError):
-        return {}
+# -------------------------------------------------------------------------------------------------
+# Recognition: does the model read the picture?
 
 
 def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="image"):
-    """Does the model read the picture? Share of `trials` answers in which each key-state field says the truth.
+    """The share of `trials` answers in which each key-state field says the truth: field -> share.
 
-    The states come from half-random expert play with the seed, the same for every model. Returns a dict field -> share,
-    and "all" for the share of answers right in every field.
+    "all" is the share of answers that are right in every field. The states come from half-random
+    expert play, and are the same for every model with the same seed. Raises ValueError where the
+    prompt's style asks for no field.
     """
-    rng, fields, right, n = np.random.default_rng(seed), prompts.TASKS[name].fields, [], min(num_envs, trials)
-    games = env.Games(name, n, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
-    for _ in tqdm(range(0, trials, n), "recognition", unit="step", disable=None, leave=False):
-        answers = policy.act(games.images, [prompts.build_prompt(info, style) for info in games.infos])
+    rng = np.random.default_rng(seed)
+    num_games = min(num_envs, trials)
+    games = env.Games(name, num_games, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
+
+    # What to look for: all that the answer says before the action, but not the thoughts.
+    fields = dict(prompts.fields(games.infos[0], style))
+    fields.pop("thoughts", None)
+    if not fields:
+        raise ValueError(f"--prompt {style} asks for no fields: there is nothing to recognise")
+
+    right = []  # for each answer a list of bools, one for each field
+    rounds = range(0, trials, num_games)
+    for _ in tqdm(rounds, "recognition", unit="step", disable=None, leave=False):
+        # Compare what the answers say with the truth
+        texts = [prompts.build_prompt(info, style) for info in games.infos]
+        answers = policy.act(games.images, texts)
         for answer, info in zip(answers, games.infos):
             said = read_fields(answer.text)
-            right.append([said.get(field) == truth(info) for field, (_, truth) in fields.items()])
-        games.step([env.expert_action(info) if rng.random() < 0.5 else str(rng.choice(info["legal_actions"]))
-                    for info in games.infos])
-    right = np.array(right[:trials])
-    return {field: float(share) for field, share in zip(fields, right.mean(0))} | {"all": float(right.all(1).mean())}
+            right.append([same_value(said.get(key), field.truth(info))
+                          for key, field in fields.items()])
+
+        # Go on to other states: half of the actions are the expert's, half are random.
+        actions = []
+        for info in games.infos:
+            if rng.random() < 0.5:
+                actions.append(env.expert_action(info))
+            else:
+                actions.append(str(rng.choice(info["legal_actions"])))
+        games.step(actions)
+
+    right = np.array(right[:trials])  # (trials, fields)
+    shares = {key: float(share) for key, share in zip(fields, right.mean(0))}
+    shares["all"] = float(right.all(1).mean())
+    return shares
+
+
+MAX_ANSWER = 100_000  # characters of an answer that are looked at
+QUOTES = "'`\u201c\u201d\u2018\u2019"  # all but JSON's
+# A name and its value, whose end may be missing. The time is linear, because a repetition is either
+# short, or the last part of the pattern, which cannot fail.
+PAIR = re.compile(rf"""
+    \b (?P<name> \w{{1,40}}) ["{QUOTES}]? \s{{0,9}} : \s{{0,9}}
+    (?: \[ (?P<list> [^\]]*)
+      | " (?P<quoted> [^"]*)
+      | [{QUOTES}] (?P<otherwise_quoted> [^{QUOTES}]*)
+      | (?P<bare> [^,}}\n]*)
+    )""", re.VERBOSE)
+
+
+def read_fields(text):
+    """What an answer says, field by field: name -> text, or list of texts.
+
+    Like the parser of actions, it accepts words and fences around the object, other quotes, and
+    an object that was cut off. Never raises; the time is linear in the text.
+    """
+    text = text[:MAX_ANSWER]
+
+    # Most answers hold one JSON object
+    start = max(text.find("{"), 0)
+    try:
+        fields = json.loads(text[start: text.rfind("}") + 1])
+        return {name.lower(): as_text(value) for name, value in fields.items()}
+    except (ValueError, RecursionError):
+        pass
+
+    # Read all others pair by pair. The first value counts: fields stand before the thoughts.
+    fields = {}
+    for match in PAIR.finditer(text, start):
+        name = match["name"].lower()
+        if name in fields:
+            continue
+        value = match[match.lastgroup].strip()
+        if match.lastgroup == "list":
+            elements = [element.strip(f'"{QUOTES} \n\t') for element in value.split(",")]
+            value = [element for element in elements if element]
+        fields[name] = value
+    return fields
+
+
+def as_text(value):
+    """A JSON value as text, and a list as a list of texts."""
+    if isinstance(value, list):
+        return [str(element) for element in value]
+    return str(value)
+
+
+def same_value(said, truth):
+    """Whether a field says the truth: 3 is "3", and neither case nor outer spaces count."""
+    if isinstance(said, list) and isinstance(truth, list):
+        return len(said) == len(truth) and all(map(same_value, said, truth))
+    if isinstance(said, list) or isinstance(truth, list):
+        return False
+    return str(said).strip().lower() == str(truth).strip().lower()
 
 
 def recognition_table(name, trials, shares):
-    """A Markdown table of means in percent; shares: policy -> what `recognition` returned for each of its runs."""
+    """A Markdown table of means in percent; shares: policy -> `recognition` of each of its runs."""
     fields = list(next(iter(shares.values()))[0])
-    lines = [f"| {name}, {trials} answers of each run | {' | '.join(fields)} |", "|---" * (len(fields) + 1) + "|"]
-    for which, runs in shares.items():
-        cells = [f"{100 * np.mean([run[field] for run in runs]):.1f} %" for field in fields]
-        lines.append(f"| {which} | {' | '.join(cells)} |")
+    lines = [
+        f"| {name}, {trials} answers of each run | {' | '.join(fields)} |",
+        "|---" * (len(fields) + 1) + "|",
+    ]
+    for policy_name, runs in shares.items():
+        means = [np.mean([run[field] for run in runs]) for field in fields]
+        cells = [f"{100 * mean:.1f} %" for mean in means]
+        lines.append(f"| {policy_name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def animate(policy, name, episodes, seed, file, style="full", obs="image"):
-    """Write episodes as an animated GIF, or as a contact sheet if `file` ends in .png: the picture, what the model says
-    it sees, thinks and does, and what came of it.
+# -------------------------------------------------------------------------------------------------
+# Tables and plots
 
-    A key-state field or thought that is not what an expert would have said of this state is marked red.
+PUBLISHED = {  # LLaVA-1.6-7B after RL, from the paper's tables
+    "ezpoints": "50.0 %",
+    "points24": "2.3 %",
+    "alfworld": "21.7 %",
+}
+BOUNDS = {  # best possible success rates: computed, for an infinite deck
+    "blackjack": 0.4316,
+    "points24": 0.7309,
+}
+REFERENCES = {  # the policies of a run, and the colours of their lines
+    "random": "#9a9a9a",
+    "SFT": "#c8802e",
+    "RL": "#c8102e",
+    "CNN + RL": "#c8102e",
+    "expert": "#1f6f54",
+}
+
+
+def table(rows):
+    """Results as lines of text; rows: name of a policy -> what `evaluate` returned for it."""
+    width = max(10, *map(len, rows))
+    lines = [f"{'policy':<{width}}  success      95 % interval   return  illegal  episodes"]
+    for name, row in rows.items():
+        low, high = row["ci95"]
+        lines.append(f"{name:<{width}} {row['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  "
+                     f"{row['mean_return']:>+7.2f}  {row['illegal_rate']:>7.1%}  "
+                     f"{row['episodes']:>8}")
+
+    # Add a second table, with a column for each type of tasks, where the task has several
+    kinds = next(iter(rows.values())).get("by_task_type")
+    if kinds:
+        titles = [f"{title:>8}" for title in [*kinds, "average"]]
+        lines += ["", f"{'success in':<{width}} {' '.join(titles)}"]
+        for name, row in rows.items():
+            rates = [row["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
+            rates.append(sum(rates) / len(rates))
+            cells = [f"{rate:>8.1%}" for rate in rates]
+            lines.append(f"{name:<{width}} {' '.join(cells)}")
+    return "\n".join(lines)
+
+
+def read_metrics(directory):
+    """The rows of a run's metrics.jsonl, a list of dicts."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def summary(rows, task):
+    """What tables and figures show of a run: the evaluations on `task` and the learning curve.
+
+    rows: of metrics.jsonl. Returns a dict: task, curve (list of [environment steps, success rate]),
+    and for each policy its name -> its row.
     """
-    games, rng = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True), np.random.default_rng(seed)
-    frames, total = [], 0.0  # frames: (picture, milliseconds)
-    while episodes:
-        info, image = games.infos[0], games.images[0].copy()  # the next step draws over it
-        answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
-        action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
-        truth = json.loads(prompts.demonstration(info, action, style))
-        said = {key: (str(value).encode("ascii", "replace").decode(), value == truth.get(key))
-                for key, value in (read_fields(answer.text) or {"answer": answer.text}).items()}
-        notes = [f"value {answer.value:+.2f}"] + [f"no legal action: plays {action}"] * (not was_legal)
-        frames.append((_frame(image, said, notes), 1600))
-        step = games.step([action])
-        total += step["rewards"][0]
-        if step["terminated"][0] or step["truncated"][0]:
-            end = f"{'success' if step['infos'][0]['success'] else 'no success'}, return {total:+.0f}"
-            frames.append((_frame(step["last_images"][0], {}, [f"reward {step['rewards'][0]:+.0f}", end]), 2400))
-            episodes, total = episodes - 1, 0.0
+    evaluations = {row["policy"]: row for row in rows if row.get("env") == task}
+    curve = [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]
+    return evaluations | {"task": task, "curve": curve}
+
+
+def sweep_table(runs, episodes, seeds, command):
+    """The results of a sweep as Markdown: a row for each setting, a column for each policy.
+
+    runs: name of a setting -> `summary` of each seed; episodes: of an evaluation; seeds, command:
+    texts that say how to make the table again.
+    """
+    summaries = [run for seed_runs in runs.values() for run in seed_runs]
+    policies = [name for name in REFERENCES if any(name in run for run in summaries)]
+    text = f"| | {' | '.join(policies)} | RL: illegal | paper, 7B, other pictures |\n"
+    text += "|---" * (len(policies) + 3) + "|\n"
+
+    for setting, seed_runs in runs.items():
+        cells = [setting]
+        for policy_name in policies:
+            rates = [100 * run[policy_name]["success_rate"]
+                     for run in seed_runs if policy_name in run]
+            cells.append(mean_and_each(rates))
+        trained = [run.get("RL", run.get("CNN + RL")) for run in seed_runs]
+        illegal = np.mean([row["illegal_rate"] for row in trained])
+        cells.append(f"{100 * illegal:.1f} %")
+        cells.append(PUBLISHED.get(seed_runs[0]["task"], ""))
+        text += f"| {' | '.join(cells)} |\n"
+
+    text += f"\nSuccess on {episodes} episodes, mean of seeds {seeds} (in brackets each).\n"
+    text += f"`{command}`\n"
+    return text
+
+
+def mean_and_each(rates):
+    """Text like "50.0 % (48.0, 52.0)": the mean of rates in percent, and each of them."""
+    if not rates:
+        return ""
+    each = ", ".join(f"{rate:.1f}" for rate in rates)
+    return f"{np.mean(rates):.1f} % ({each})"
+
+
+def plot(runs):
+    """A matplotlib figure with a panel for each task: learning curves, and other policies' rates.
+
+    runs: name of a setting -> `summary` of each seed. A single run is one setting with one seed.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(seed_runs[0]["task"] for seed_runs in runs.values()))
+    num_columns = min(len(tasks), 2)
+    num_rows = (len(tasks) + 1) // 2
+    figure = Figure(figsize=(6 * num_columns, 4 * num_rows), layout="constrained")
+
+    for panel, task in enumerate(tasks, 1):
+        axes = figure.add_subplot(num_rows, num_columns, panel)
+        settings = {name: seed_runs for name, seed_runs in runs.items()
+                    if seed_runs[0]["task"] == task}
+        draw_curves(axes, task, settings)
+        draw_references(axes, task, settings)
+
+        axes.set(title=task, xlabel="environment steps", ylabel="success rate")
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_curves(axes, task, settings):
+    """Draw each setting's mean curve, and a band from its lowest seed to its highest."""
+    for name, seed_runs in settings.items():
+        steps = [step for step, _ in seed_runs[0]["curve"]]
+        # (seeds, updates); None, where no episode ended, becomes NaN and leaves a gap.
+        rates = np.array([[rate for _, rate in run["curve"]] for run in seed_runs], float)
+        label = name.removeprefix(f"{task}, ")
+        line, = axes.plot(steps, rates.mean(0), ".-", label=label)
+        axes.fill_between(
+            steps, rates.min(0), rates.max(0), color=line.get_color(), alpha=0.15, lw=0)
+
+
+def draw_references(axes, task, settings):
+    """Draw a dashed line for the mean of every other policy, a dotted one for the best possible."""
+    # SFT and RL differ from setting to setting: their lines are drawn if there is one setting.
+    names = list(REFERENCES) if len(settings) == 1 else ["random", "expert"]
+    all_runs = [run for seed_runs in settings.values() for run in seed_runs]
+    for name in names:
+        rates = [run[name]["success_rate"] for run in all_runs if name in run]
+        if rates:
+            mean = np.mean(rates)
+            axes.axhline(mean, ls="--", lw=1.2, color=REFERENCES[name], label=f"{name} {mean:.1%}")
+
+    if task in BOUNDS:
+        label = f"best possible {BOUNDS[task]:.2%}"
+        axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=label)
+
+
+# -------------------------------------------------------------------------------------------------
+# Animation
+
+
+def animate(policy, name, episodes, seed, file, style="full", obs="image"):
+    """Write episodes to `file` as an animated GIF, or as a contact sheet if it ends in .png.
+
+    Each frame shows a picture, and what the model says it sees, thinks and does. What an expert
+    would not have said of this state is red. After each episode a frame shows its end.
+    """
+    rng = np.random.default_rng(seed)
+    games = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
+    frames = []  # (picture, milliseconds)
+
+    for _ in range(episodes):
+        total_reward = 0.0
+        over = False
+        while not over:
+            # Ask the model
+            info = games.infos[0]
+            image = games.images[0].copy()  # the next step draws over it
+            answer, = policy.act(games.images, [prompts.build_prompt(info, style)])
+            action, was_legal = prompts.parse_action(answer.text, info["legal_actions"], rng)
+
+            # Show the picture and the answer, and mark what is wrong with it
+            notes = [f"value {answer.value:+.2f}"]
+            if not was_legal:
+                notes.append(f"no legal action: plays {action}")
+            truth = json.loads(prompts.demonstration(info, action, style))
+            frames.append((draw_frame(image, mark_answer(answer.text, truth), notes), 1600))
+
+            step = games.step([action])
+            total_reward += step["rewards"][0]
+            over = step["terminated"][0] or step["truncated"][0]
+
+        # Show the last picture, and what came of the episode
+        outcome = "success" if step["infos"][0]["success"] else "no success"
+        notes = [f"reward {step['rewards'][0]:+.0f}", f"{outcome}, return {total_reward:+.0f}"]
+        frames.append((draw_frame(step["last_images"][0], [], notes), 2400))
+
     pictures, durations = zip(*frames)
-    if file.suffix == ".png":
-        width, height = pictures[0].size
-        sheet = Image.new("RGB", (2 * width, math.ceil(len(pictures) / 2) * height), "white")
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, (i % 2 * width, i // 2 * height))
-        return sheet.quantize(64).save(file)
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True)
+    if file.suffix.lower() == ".png":
+        contact_sheet(pictures).save(file)
+    else:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:],
+                         duration=durations, loop=0, optimize=True)
 
 
-def _frame(image, said, notes):
-    """One picture of the animation: the game at the left, at the right the answer, field by field, and the notes."""
+def mark_answer(text, truth):
+    """The fields of an answer as a list of (name, value in ASCII, is it the truth?)."""
+    fields = read_fields(text) or {"answer": text}
+    marked = []
+    for name, value in fields.items():
+        printable = str(value).encode("ascii", "replace").decode()
+        is_true = name in truth and same_value(value, truth[name])
+        marked.append((name, printable, is_true))
+    return marked
+
+
+def draw_frame(image, fields, notes):
+    """A frame: at the left the game, at the right an answer, field by field, and notes below it."""
     frame = Image.new("RGB", (2 * env.SIZE + 60, env.SIZE), "#f4f1ea")
     frame.paste(Image.fromarray(image))
-    draw, x, y = ImageDraw.Draw(frame), env.SIZE + 16, 14
-    for key, (value, is_true) in said.items():
-        draw.text((x, y), key, "#8a8578", env.font(13))
+    draw = ImageDraw.Draw(frame)
+    x = env.SIZE + 16
+
+    # Write the answer from the top down, each field under its name
+    y = 14
+    for name, value, is_true in fields:
+        draw.text((x, y), name, "#8a8578", env.font(13))
         y += 16
+        color = "#101820" if is_true else "#c8102e"
         for line in textwrap.wrap(value, 36) or [""]:
-            draw.text((x, y), line, "#101820" if is_true else "#c8102e", env.font(17))
+            draw.text((x, y), line, color, env.font(17))
             y += 20
         y += 6
+
+    # Write the notes from the bottom up
     for i, note in enumerate(notes):
         draw.text((x, env.SIZE - 28 - 22 * i), note, "#28518f", env.font(16))
     return frame.quantize(64)
 
 
-def table(rows):
-    """Results as lines of text; rows: dict of policy name -> what `evaluate` returns."""
-    wide = max(10, *map(len, rows))
-    lines = [f"{'policy':<{wide}}  success      95 % interval   return  illegal  episodes"]
-    for name, r in rows.items():
-        low, high = r["ci95"]
-        lines.append(f"{name:<{wide}} {r['success_rate']:>8.1%}  {low:>7.1%} - {high:>7.1%}  "
-                     f"{r['mean_return']:>+7.2f}  {r['illegal_rate']:>7.1%}  {r['episodes']:>8}")
-    if kinds := next(iter(rows.values())).get("by_task_type"):
-        lines += ["", f"{'success in':<{wide}} " + " ".join(f"{kind:>8}" for kind in [*kinds, "average"])]
-        for name, r in rows.items():
-            rates = [r["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
-            lines.append(f"{name:<{wide}} " + " ".join(f"{rate:>8.1%}" for rate in [*rates, sum(rates) / len(rates)]))
-    return "\n".join(lines)
+def contact_sheet(pictures):
+    """All pictures in one, two in a row."""
+    width, height = pictures[0].size
+    num_rows = math.ceil(len(pictures) / 2)
+    sheet = Image.new("RGB", (2 * width, num_rows * height), "white")
+    for i, picture in enumerate(pictures):
+        column = i % 2
+        row = i // 2
+        sheet.paste(picture, (column * width, row * height))
+    return sheet.quantize(64)
+
+
+# -------------------------------------------------------------------------------------------------
+# Models behind an API
+
+
+class ApiError(Exception):
+    """Why a model behind an API cannot go on, in one line: a refusal, or no more requests."""
+
+
+class ApiModel:
+    """A model behind an OpenAI-compatible chat completion endpoint; `act` as in `VLMPolicy`.
+
+    Every answer is kept in the file `cache` (JSON lines), so an evaluation that stopped goes on
+    without paying twice. Refusals (429), faults of the server (5xx) and time-outs are asked again,
+    `tries` times, after 1, 2, 4, ... seconds. A reply that is no chat completion, or is longer
+    than `max_bytes`, counts as an empty answer. Raises ApiError where the server refuses for good,
+    or `max_requests` are spent.
+    """
+    tries = 6
+    max_bytes = 1_000_000
+    max_characters = 10_000
+    num_threads = 8
+
+    def __init__(self, base, name, key, cache, max_requests=math.inf, max_tokens=512,
+                 timeout=60, wait=time.sleep):
+        import httpx2  # here and in the methods below: training needs no HTTP client
+
+        self.base = base
+        self.name = name
+        self.key = key
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.timeout = timeout
+        self.wait = wait
+        self.url = f"{base.rstrip('/')}/chat/completions"
+        try:
+            host = httpx2.URL(self.url).host
+        except httpx2.InvalidURL:
+            host = ""
+        if not host:
+            raise ApiError(f"--api-base {base!a} is no address of a server")
+        headers = {"Authorization": f"Bearer {key or 'none'}"}
+        self.client = httpx2.Client(timeout=timeout, headers=headers)
+
+        self.lock = threading.Lock()    # of all below: several threads ask
+        self.requests = 0               # sent by this process
+        self.num_answers = 0            # given, of the cache or of the server
+        self.num_cut_off = 0            # of these
+        self.times_asked = Counter()    # question -> how often `act` met it
+        self.answers = {}               # question and number -> (text, was it cut off?)
+        self._open_cache(cache)
+
+    def act(self, images, prompts):
+        """Answers, each with a `text`, to N pictures (uint8, N x H x W x 3) and N prompts."""
+        # A state that comes again is asked again, because each answer is another sample.
+        keys = []
+        for image, prompt in zip(images, prompts):
+            content = f"{self.name}\0{prompt}\0".encode() + image.tobytes()
+            question = hashlib.sha256(content).hexdigest()
+            self.times_asked[question] += 1
+            keys.append(f"{question}-{self.times_asked[question]}")
+
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            answers = list(pool.map(self._answer, keys, images, prompts))
+
+        self.num_answers += len(answers)
+        self.num_cut_off += sum(cut_off for _, cut_off in answers)
+        return [SimpleNamespace(text=text) for text, _ in answers]
+
+    def _answer(self, key, image, prompt):
+        """(text, was it cut off?) from the cache, or from the server."""
+        if key not in self.answers:
+            text, cut_off = self._ask(image, prompt)
+            with self.lock:
+                self._keep(key, text, cut_off)
+        return self.answers[key]
+
+    # -- the cache: a line is {key: text}, with "cut_off": true if the answer has no end -----------
+
+    def _open_cache(self, cache):
+        """Read the answers in the file `cache`, and open it for more."""
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self.file = cache.open("a")
+
+        # Text after the last line's end was left by a process that was killed: drop it.
+        *lines, torn = cache.read_bytes().split(b"\n")
+        for line in lines:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("it is no file of answers")
+            cut_off = entry.pop("cut_off", False)
+            for key, text in entry.items():
+                self.answers[key] = (text, cut_off)
+        if torn and not torn.startswith(b"{"):
+            raise ValueError("it is no file of answers")
+        self.file.truncate(cache.stat().st_size - len(torn))
+
+    def _keep(self, key, text, cut_off):
+        """Keep an answer. One that was cut off before its first word is not written to the file:
+        the next process asks again, perhaps with a larger `max_tokens`."""
+        self.answers[key] = (text, cut_off)
+        if cut_off and not text.strip():
+            return
+        entry = {key: text}
+        if cut_off:
+            entry["cut_off"] = True
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    # -- the server --------------------------------------------------------------------------------
+
+    def _ask(self, image, prompt):
+        """(text, was it cut off?) from the server; asks again where the trouble may pass."""
+        import httpx2
+
+        question = self._question(image, prompt)
+        for attempt in range(self.tries):
+            self._count_request()
+            try:
+                status, body = self._post(question)
+            except httpx2.RequestError as error:
+                reason = type(error).__name__
+            else:
+                if 200 <= status < 300:
+                    return self._read(body)
+                reason = f"{status} {body.decode(errors='replace')}"
+                may_pass = status >= 500 or status in (408, 429)
+                if not may_pass:
+                    break
+            self.wait(2 ** attempt)
+
+        # The reason is the server's text: show neither the key nor control characters.
+        if self.key:
+            reason = reason.replace(self.key, "(key)")
+        raise ApiError(f"{self.base}: {ascii(reason)[1:-1][:300]}")
+
+    def _question(self, image, prompt):
+        """The request as a dict: the picture, as PNG within an address, and the prompt."""
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        content = [
+            {"type": "image_url", "image_url": {"url": address}},
+            {"type": "text", "text": prompt},
+        ]
+        messages = [{"role": "user", "content": content}]
+        return {"model": self.name, "messages": messages, "max_tokens": self.max_tokens}
+
+    def _count_request(self):
+        """Count a request, before it is sent. Raises ApiError where no more are allowed."""
+        with self.lock:
+            if self.requests >= self.max_requests:
+                raise ApiError(f"--max-requests {self.max_requests} are spent; "
+                               "the same line goes on from there")
+            self.requests += 1
+
+    def _post(self, question):
+        """Send a request; (status, body). Give up a reply that is too long, or comes too slowly."""
+        import httpx2
+
+        body = b""
+        with self.client.stream("POST", self.url, json=question) as response:
+            deadline = time.monotonic() + self.timeout
+            for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) > self.max_bytes:
+                    break
+                if time.monotonic() > deadline:
+                    raise httpx2.ReadTimeout("the reply comes too slowly")
+        return response.status_code, body
+
+    def _read(self, body):
+        """(text, was it cut off?) of a chat completion; ("", False) where `body` is none."""
+        if len(body) > self.max_bytes:
+            return "", False
+        try:
+            choice = json.loads(body)["choices"][0]
+            text = str(choice["message"]["content"] or "")
+            cut_off = choice.get("finish_reason") == "length"
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return "", False
+        return text[:self.max_characters], cut_off
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: finite numbers of a `kind`, int or float, from `low` to `high`."""
+    noun = "whole number" if kind is int else "number"
+    limits = f"a {noun} of at least {low}"
+    if high < math.inf:
+        limits += f" and at most {high}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high and value < math.inf:  # false for NaN
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
+
+    return parse
+
+
+positive_int = number(int, 1)
+natural_int = number(int, 0, 2**32 - 1)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage=argparse.SUPPRESS)  # without a usage text an error is one line
+
+    add = parser.add_argument_group("whom to evaluate").add_argument
+    add("--run", type=Path, nargs="+",
+        help="directory of a training run, whose model is evaluated")
+    add("--model", help="a model zero-shot instead: of the hub, or a folder")
+    add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
+        help="the last three are a run's [rl]")
+
+    add = parser.add_argument_group("on what").add_argument
+    add("--env", choices=env.GAMES, help="the task [the run's]")
+    add("--episodes", type=positive_int, help="episodes to play [1000, for --gif 4]")
+    add("--seed", type=natural_int, default=0,
+        help="fixes the episodes and the sampling [%(default)s]")
+    add("--num-envs", type=positive_int, default=64,
+        help="episodes played at a time [%(default)s]")
+    add("--json", action="store_true", help="print one JSON object and nothing else")
+
+    add = parser.add_argument_group("other results").add_argument
+    add("--recognition", action="store_true",
+        help="count how often the model reads the picture right; without --policy a table of "
+             "untrained, sft and rl, the means of all --run")
+    add("--trials", type=positive_int, default=1000,
+        help="answers of --recognition [%(default)s]")
+    add("--gif", type=Path, metavar="FILE",
+        help="write episodes as an animation (.gif) or a contact sheet (.png): picture, thoughts, "
+             "action")
+
+    add = parser.add_argument_group("--run and --model").add_argument
+    add("--device", choices=["cuda", "mps", "cpu"],
+        help="of the model [the run's, for --model the first of these that is there]")
+    add("--dtype", choices=["bfloat16", "float32"],
+        help="of the weights [the run's, for --model bfloat16 on cuda, else float32]")
+    add("--temperature", type=number(float, 1e-12),
+        help="of sampling [the run's, for --model 0.2]")
+    add("--max-new-tokens", type=positive_int,
+        help="longest answer [the run's, for --model 256]")
+    add("--trust-remote-code", action="store_true",
+        help="run Python code that the model brings along")
+
+    add = parser.add_argument_group("models behind an API").add_argument
+    add("--api-base", metavar="URL",
+        help="an OpenAI-compatible endpoint, up to /v1; its key in API_KEY")
+    add("--api-model", metavar="NAME", help="the model's name there")
+    add("--max-tokens", type=positive_int, default=512,
+        help="longest answer, in tokens [%(default)s]")
+    add("--max-requests", type=positive_int, default=math.inf, help="stop before there are more")
+    add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
+        help="file for all answers, each paid for once [%(default)s]")
+    return parser
+
+
+def check_flags(parser, args):
+    """End in one line where flags are missing or do not belong together."""
+    is_scripted = args.policy in ("random", "expert")
+    sources = [args.run, args.model, args.api_base, is_scripted]
+    num_sources = sum(1 for source in sources if source)
+    if num_sources != 1:
+        parser.error("name one of --run, --model, --api-base, or --policy random or expert: "
+                     "whom to evaluate")
+    if not args.run and not args.env:
+        parser.error("--env is needed, where no run tells it")
+
+    if args.run and len(args.run) > 1:
+        if args.policy or not args.recognition:
+            parser.error("several runs are for --recognition without --policy")
+    if args.recognition and (is_scripted or args.gif):
+        parser.error("--recognition is for a model that reads pictures, and without --gif")
+
+    if not args.run and not args.model:
+        if args.gif:
+            parser.error("--gif is for games of a --run or --model")
+        if args.temperature or args.max_new_tokens:
+            parser.error("--temperature and --max-new-tokens are for a --run or --model")
+    if args.gif:
+        if args.gif.suffix.lower() not in (".gif", ".png"):
+            parser.error(f"--gif {args.gif}: its name must end in .gif or .png")
+
+    if args.api_base:
+        is_address = args.api_base.startswith(("http://", "https://"))
+        if not is_address or not args.api_model:
+            parser.error("--api-base needs a URL, and --api-model NAME")
+
+
+@dataclass
+class Player:
+    """Whom to evaluate, and on what."""
+    name: str           # of the policy, as in the results
+    task: str
+    policy: object      # VLMPolicy, CNNPolicy or ApiModel; None for random and expert
+    style: str = "full"
+    obs: str = "image"
+
+
+def load_player(args):
+    """The player that --policy, --model or --run names. Raises ValueError where it cannot be."""
+    if args.policy in ("random", "expert"):
+        return Player(args.policy, args.env, policy=None)
+    if args.model:
+        name = args.model
+        policy, config = load(args)
+    else:
+        name = args.policy or "rl"
+        policy, config = load(args, args.run[0], name)
+    return Player(name, args.env or config.env, policy, config.prompt, config.obs)
+
+
+def load(args, directory=None, which="untrained"):
+    """(policy, configuration) of the run in `directory`, or of --model if there is none.
+
+    which: "rl", "sft" or "untrained". Raises ValueError where there is no such policy.
+    """
+    # These modules take seconds to import: only here, where a model is needed.
+    import torch
+
+    from policy import load_policy, read_config
+
+    try:
+        # The run says how to build its policy; flags that were given have the last word.
+        if directory:
+            config = read_config(directory, args.trust_remote_code)
+            check_task(args, config)
+        else:
+            config = zero_shot_config(args)
+        override(config, args)
+        if config.device != "cpu" and not getattr(torch, config.device).is_available():
+            raise ValueError(f"there is no {config.device} here: try --device cpu")
+
+        policy = load_policy(config, directory, which)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError,
+            torch.OutOfMemoryError) as error:
+        raise ValueError(f"cannot load {directory or args.model}: {first_line(error)}") from error
+
+    torch.manual_seed(args.seed)
+    return policy, config
+
+
+def check_task(args, config):
+    """Raise ValueError where the run of `config` cannot play --env."""
+    task = args.env or config.env
+    if task not in env.GAMES:
+        raise ValueError(f"it plays several tasks: name one of {task} with --env")
+    if config.policy == "cnn" and task != config.env:
+        raise ValueError(f"a CNN has the actions of its own task, {config.env}")
+
+
+def zero_shot_config(args):
+    """The configuration of --model, as a training run would have it."""
+    import torch
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+
+    return argparse.Namespace(
+        env=args.env, policy="vlm", model=args.model, prompt="full", obs="image",
+        image_tiles="one", alfworld="text", device=device,
+        dtype="bfloat16" if device == "cuda" else "float32", quantize=None,
+        temperature=0.2, max_new_tokens=256, seed=args.seed, gradient_checkpointing=False,
+        trust_remote_code=args.trust_remote_code)
+
+
+def override(config, args):
+    """Put the flags that were given in the place of the run's settings."""
+    if args.device:
+        config.device = args.device
+        if args.device != "cuda":
+            config.dtype = "float32"
+    for name in ("dtype", "temperature", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None:
+            setattr(config, name, value)
+
+
+def first_line(error):
+    """An exception's text, its first line alone."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+# -- the four modes: each of the first three returns the results as a dict, and as text ------------
+
+
+def play(args, player):
+    """Play episodes, or with --recognition ask only what the pictures show."""
+    result = {"env": player.task, "policy": player.name}
+    if args.recognition:
+        shares = recognition(player.policy, player.task, args.trials, args.seed, args.num_envs,
+                             player.style, player.obs)
+        result |= {"trials": args.trials, "recognition": shares}
+        return result, recognition_table(player.task, args.trials, {player.name: [shares]})
+
+    rng = np.random.default_rng(args.seed)
+    if player.policy is not None:
+        agent = model_agent(player.policy, rng, player.style)
+    elif player.name == "random":
+        agent = random_agent(rng)
+    else:
+        agent = expert_agent
+    episodes = args.episodes or 1000
+    result |= evaluate(agent, player.task, episodes, args.seed, args.num_envs, player.obs)
+    return result, f"{player.task}, seed {args.seed}\n{table({player.name: result})}"
+
+
+def play_api(args):
+    """Do what `play` does, with the model behind --api-base."""
+    try:
+        model = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache,
+                         args.max_requests, args.max_tokens)
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ApiError(f"cannot use --api-base with --cache {args.cache}: {reason}") from None
+
+    result, text = play(args, Player(f"api:{args.api_model}", args.env, model))
+    result |= {"requests": model.requests, "cut_off": model.num_cut_off}
+    if model.num_cut_off and not args.json:
+        print(f"{model.num_cut_off} of {model.num_answers} answers were cut off at --max-tokens "
+              f"{args.max_tokens}", file=sys.stderr)
+    return result, text
+
+
+def compare_recognition(args):
+    """Does RL improve seeing? Recognition before SFT, after SFT and after RL, in every --run."""
+    shares = {"untrained": [], "sft": [], "rl": []}
+    for which in shares:
+        for directory in args.run:
+            policy, config = load(args, directory, which)
+            if args.env is None:
+                args.env = config.env  # the first run tells the task of all
+            shares[which].append(recognition(
+                policy, args.env, args.trials, args.seed, args.num_envs, config.prompt, config.obs))
+    return shares, recognition_table(args.env, args.trials, shares)
+
+
+def write_gif(args):
+    """Write the animation or contact sheet of --gif."""
+    player = load_player(args)
+    animate(player.policy, player.task, args.episodes or 4, args.seed, args.gif,
+            player.style, player.obs)
 
 
 def main():
-    parser = env.Parser(description=__doc__.split("\n")[0])
-    add, count = parser.add_argument, env.positive_int
-    add("--run", type=Path, nargs="+", help="directory of a training run, whose model is evaluated")
-    add("--model", help="a model zero-shot instead: of the hub, or a folder")
-    add("--env", choices=env.GAMES, help="the task (default: the run's)")
-    add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
-        help="whom to evaluate; the last three are a run's (default: rl)")
-    add("--episodes", type=count, help="episodes to play [1000; for --gif 4]")
-    add("--seed", type=env.natural_int, default=0, help="fixes the episodes and the sampling")
-    add("--num-envs", type=count, default=64, help="episodes played at a time")
-    add("--recognition", action="store_true", help="count instead how often the model reads the picture right; "
-        "without --policy a table of untrained, sft and rl, the means of all --run")
-    add("--trials", type=count, default=1000, help="answers of --recognition")
-    add("--gif", type=Path, metavar="FILE",
-        help="instead, write episodes as an animation, or as a contact sheet (.png): picture, thoughts, action")
-    add("--api-base", metavar="URL", help="a model behind an OpenAI-compatible endpoint, up to /v1; its key in API_KEY")
-    add("--api-model", metavar="NAME", help="its name there")
-    add("--max-requests", type=count, default=math.inf, help="of --api-base: stop before there are more")
-    add("--cache", type=Path, default=Path("runs/api-cache.jsonl"),
-        help="of --api-base: file for all answers, each paid for once")
-    add("--json", action="store_true", help="print one JSON object and nothing else")
-    add("--trust-remote-code", action="store_true", help="run Python code that the model brings along")
+    parser = make_parser()
     args = parser.parse_args()
-    unseeing = args.policy in ("random", "expert")
-    if sum(map(bool, (args.api_base, args.model, args.run, unseeing))) != 1:
-        parser.error("name one of --run, --model, --api-base, or --policy random or expert: whom to evaluate")
-    if not args.run and not args.env:
-        parser.error("--env is needed, where no run tells it")
-    if args.run and len(args.run) > 1 and (args.policy or not args.recognition):
-        parser.error("several runs are for --recognition without --policy")
-    if args.recognition and (unseeing or args.gif) or args.gif and not (args.run or args.model):
-        parser.error("--recognition is for what a model reads, --gif for games of a --run or --model")
-    episodes, policy, style, obs = args.episodes or (4 if args.gif else 1000), None, "full", "image"
-    if args.api_base:
-        if not args.api_model or not args.api_base.startswith(("http://", "https://")):
-            parser.error("--api-base needs a URL, and --api-model NAME")
-        args.policy = f"api:{args.api_model}"
-        try:
-            policy = ApiModel(args.api_base, args.api_model, os.environ.get("API_KEY"), args.cache, args.max_requests)
-        except (OSError, ValueError) as error:
-            parser.error(f"cannot use --api-base with --cache {args.cache}: {error}")
-    elif not unseeing:
-        import torch
+    check_flags(parser, args)
 
-        import train  # loading a model takes seconds: only where one is needed
-
-        def load(function, *given):
-            try:
-                return function(*given)
-            except (OSError, ValueError, KeyError, TypeError, torch.OutOfMemoryError) as error:
-                parser.error(f"cannot load {args.model or given[0]}: {str(error).splitlines()[0]}")
-
-        if args.model:
-            trust = ["--trust-remote-code"] * args.trust_remote_code
-            _, config, _ = train.parse_args(["--env", args.env, "--model", args.model, *trust])
-        else:
-            config = load(train.read_config, args.run[0])
-        args.env, style, obs = args.env or config.env, config.prompt, config.obs
-        if args.env not in env.GAMES:
-            parser.error(f"{args.run[0]} plays several tasks: name one of {args.env} with --env")
-        if args.recognition and args.run and not args.policy:  # does RL improve seeing?
-            shares = {which: [] for which in ("untrained", "sft", "rl")}
-            for which, run in itertools.product(shares, args.run):
-                policy, config = load(train.load_run, run, which, args.trust_remote_code)
-                torch.manual_seed(args.seed)
-                shares[which].append(recognition(
-                    policy, args.env, args.trials, args.seed, args.num_envs, config.prompt, config.obs))
-            return print(json.dumps(shares) if args.json else recognition_table(args.env, args.trials, shares))
-        args.policy = args.model or args.policy or "rl"
-        policy = (load(train.build_policy, config) if args.model
-                  else load(train.load_run, args.run[0], args.policy, args.trust_remote_code)[0])
-        torch.manual_seed(args.seed)
-    rng, result = np.random.default_rng(args.seed), {"env": args.env, "policy": args.policy}
-    given = {"random": random_agent(rng), "expert": expert_agent}
-    agent = model_agent(policy, rng, style) if policy else given[args.policy]
     try:
         if args.gif:
-            return animate(policy, args.env, episodes, args.seed, args.gif, style, obs)
-        if args.recognition:
-            shares = recognition(policy, args.env, args.trials, args.seed, args.num_envs, style, obs)
-            result |= {"trials": args.trials, "recognition": shares}
-            text = recognition_table(args.env, args.trials, {args.policy: [shares]})
+            write_gif(args)
+            return
+        if args.api_base:
+            result, text = play_api(args)
+        elif args.recognition and not args.policy and args.run:
+            result, text = compare_recognition(args)
         else:
-            result |= evaluate(agent, args.env, episodes, args.seed, args.num_envs, obs)
-            text = f"{args.env}, seed {args.seed}\n{table({args.policy: result})}"
-    except (ApiError, httpx2.InvalidURL, OSError, ValueError) as error:  # refused, no address, no data, a full disk
-        parser.error(str(error))
-    if args.api_base:
-        result["requests"] = policy.requests
+            result, text = play(args, load_player(args))
+    except (ApiError, OSError, ValueError) as error:  # refused, no data, a full disk, ...
+        parser.error(first_line(error))
+
     print(json.dumps(result) if args.json else text)
 
 
 if __name__ == "__main__":
+    # A name that the terminal cannot show is printed as \x.., and is no error
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:

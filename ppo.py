@@ -1,14 +1,17 @@
-"""Proximal policy optimisation for a policy whose action is a text: advantages and the update, in plain tensors.
+"""Proximal policy optimisation (PPO) for a policy whose action is a text.
 
-One environment step is one PPO action, however many tokens it took to write. Its log-probability is
+One environment step is one PPO action, however many tokens the policy wrote. Its log-probability is
 
     log pi(a | o, v_in) = lambda * log p(v_tht | o, v_in) + log p(v_act | o, v_in, v_tht)
 
-with the CoT scale lambda in [0, 1] (paper, section 4.3): the thoughts are many tokens and the action few, so
-lambda = 1 drowns the action in the noise of the wording, and lambda = 0 never reinforces a thought. Two other answers
-to the same question: `auto_cot_scale`, and one ratio a token instead of one a step.
+v_tht is the chain of thought (CoT), v_act the action, and lambda in [0, 1] the CoT scale (paper,
+section 4.3). The thoughts are many tokens and the action few. lambda = 1 drowns the action in the
+wording of the thoughts, lambda = 0 never reinforces a thought.
 
-`python ppo.py` walks through the advantages of five steps.
+Read from the top: `Rollout`, `action_log_prob`, `compute_gae`, `ppo_loss`, `ppo_update`. The rest
+can wait. Letters in shapes: T steps, N environments (or samples of a batch), L answer tokens.
+
+`python ppo.py` computes the advantages of five steps.
 """
 import math
 from dataclasses import dataclass
@@ -16,199 +19,420 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-MAX_LOG_RATIO = 10.0  # a mini-batch with a larger log ratio has left the region where PPO means anything
-MAX_SKIPPED = 5       # broken mini-batches in a row before the run stops
-
 
 @dataclass
 class Rollout:
-    """T steps of N environments, in lockstep; every tensor is float32 or bool of shape (T, N)."""
-    answers: list                # T * N answers as the policy made them, step by step; opaque here
+    """T steps of N environments, played in lockstep. Tensors are (T, N), float32 or bool."""
+
+    answers: list                # T * N answers, step after step; only policy.evaluate looks inside
     logp_cot: torch.Tensor       # log p(v_tht | o, v_in) under the policy that sampled
     logp_action: torch.Tensor    # log p(v_act | o, v_in, v_tht) under the policy that sampled
     values: torch.Tensor         # V(s_t)
-    next_values: torch.Tensor    # V of the state that the step led to, seen before any reset
+    next_values: torch.Tensor    # V of the state that the step led to, before any reset
     rewards: torch.Tensor        # r_t, in the task's own units
-    terminated: torch.Tensor     # the episode ended in a final state: nothing follows, nothing is bootstrapped
-    truncated: torch.Tensor      # the episode was cut off (time limit): what would have followed is next_values
-    # For one ratio a token: (T, N, longest answer) log p of each token, 0 past an answer's end.
-    logps: torch.Tensor | None = None
-    # For the penalty on drift: log p(v_tht | o, v_in) under the SFT policy.
-    sft_logp_cot: torch.Tensor | None = None
+    terminated: torch.Tensor     # the episode ended in a final state: nothing follows
+    truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
+
+    # Only for variants of the method
+    token_logps: torch.Tensor | None = None   # (T, N, L) log p of each token, 0 after the end
+    sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
-    """log pi = lambda * log p(v_tht) + log p(v_act)   (paper, equation 4.3)."""
+    """log pi = lambda * log p(v_tht) + log p(v_act)   (paper, section 4.3)."""
     return cot_scale * logp_cot + logp_action
-
-
-def auto_cot_scale(logps, action_at):
-    """The lambda at which thoughts and action add equal noise to the policy gradient.
-
-    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score has mean zero
-    whatever came before it, so scores of different tokens are uncorrelated and their variances add up:
-
-        Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act,      F = sum over the part's tokens of E |s|^2
-
-    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2
-    = E[1 - p(sampled token)]: the sampled tokens' own probabilities estimate F. Equal shares, lambda^2 F_cot = F_act,
-    give lambda = sqrt(F_act / F_cot), here at most 1. A thought that is certain adds no noise, however long it is.
-
-    logps: list of (length,) log-probabilities of sampled answers; action_at: list of where each one's action begins.
-    """
-    noise = [(1 - x.exp()).double() for x in logps]
-    total = torch.stack([torch.stack([x[:at].sum(), x[at:].sum()]) for x, at in zip(noise, action_at)]).sum(0)
-    cot, action = sum(gather(total)).tolist()
-    return min(1.0, math.sqrt(action / cot)) if cot > action else 1.0
 
 
 def compute_gae(rollout, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns), each (T, N).
 
-        delta_t = r_t + gamma * V(s_t+1) - V(s_t)                V(s_t+1) = 0 after a termination
-        A_t     = delta_t + gamma * gae_lambda * A_t+1           A_t+1    = 0 after any end of an episode
+        delta_t = r_t + gamma * V(s_t+1) - V(s_t)            V(s_t+1) = 0 after a termination
+        A_t     = delta_t + gamma * gae_lambda * A_t+1       A_t+1 = 0 after the end of an episode
         R_t     = A_t + V(s_t)
 
     A truncated episode would have gone on, so its last step keeps gamma * V(s_t+1).
     """
-    delta = rollout.rewards + gamma * rollout.next_values * ~rollout.terminated - rollout.values
-    goes_on = ~(rollout.terminated | rollout.truncated)
-    advantages = torch.zeros_like(delta)
-    following = torch.zeros_like(delta[0])
+    # A termination ends the future of a state; a truncation does not
+    next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
+    delta = rollout.rewards + gamma * next_values - rollout.values             # (T, N)
+
+    # Go back in time; no advantage passes from one episode to the one before
+    episode_continues = ~(rollout.terminated | rollout.truncated)              # (T, N)
+    advantages = torch.zeros_like(delta)                                       # (T, N)
+    next_advantage = torch.zeros_like(delta[0])                                # (N,)
     for t in reversed(range(len(delta))):
-        following = advantages[t] = delta[t] + gamma * gae_lambda * goes_on[t] * following
-    return advantages, advantages + rollout.values
+        advantages[t] = delta[t] + gamma * gae_lambda * episode_continues[t] * next_advantage
+        next_advantage = advantages[t]
+
+    returns = advantages + rollout.values                                      # (T, N)
+    return advantages, returns
 
 
-def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R): 1 is a perfect value function, 0 one no better than a constant."""
-    variance = returns.var()
-    return (1 - (returns - values).var() / variance).item() if variance > 0 else float("nan")
+def ppo_loss(new, old, cot_scale, clip, value_clip):
+    """The clipped losses of PPO (Schulman et al. 2017) for N steps: a dict of tensors (N,).
 
+        rho      = pi_new(a | s) / pi_old(a | s)
+        L_policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
+        L_value  = 1/2 * max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
 
-def loss_terms(scores, old, cot_scale, clip, value_clip):
-    """What a batch of steps adds to the loss and to the report, a dict of tensors (batch,).
-
-    scores: of the policy being trained; old: dict of what the rollout knew: logp, value, advantage, return, maybe
-    sft_logp_cot, and logps where every token has a ratio of its own (VL-DAC, arXiv 2508.04280: without lambda).
+    new: `Scores` of the policy that is trained, with gradients; old: dict of what the rollout knew,
+    each (N,): log_prob, value, advantage, return. eps is `clip`, eps_v is `value_clip`. The dict
+    has policy_loss and value_loss, and for the report log_ratio, approx_kl, clipfrac and entropy.
     """
-    if "logps" in old:
-        log_ratio = scores.logps - old["logps"][:, :scores.logps.shape[1]]  # (batch, tokens)
-        share = scores.written / scores.written.sum(1, keepdim=True)
-    else:
-        log_ratio = (action_log_prob(scores.logp_cot, scores.logp_action, cot_scale) - old["logp"])[:, None]
-        share = torch.ones_like(log_ratio)
-    ratio, advantage = log_ratio.exp(), old["advantage"][:, None]  # rho = pi_new(a | s) / pi_old(a | s)
-    near = old["value"] + (scores.value - old["value"]).clamp(-value_clip, value_clip)
+    # One ratio for the whole answer, with lambda between its thoughts and its action
+    log_prob = action_log_prob(new.logp_cot, new.logp_action, cot_scale)       # (N,)
+    log_ratio = log_prob - old["log_prob"]                                     # (N,)
+    ratio = log_ratio.exp()                                                    # (N,), rho
+
+    # Take the worse of the two: nothing is gained by moving past the clip range
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
+
+    # Fit the value to the return, and clip it in the same way
+    clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
+    value_error = (new.value - old["return"]) ** 2
+    clipped_value_error = (clipped_value - old["return"]) ** 2
+    value_loss = 0.5 * torch.max(value_error, clipped_value_error)
+
     return {
-        # L_policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
-        "policy_loss": (share * torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))).sum(1),
-        # L_value = 1/2 max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
-        "value_loss": 0.5 * torch.max((scores.value - old["return"]) ** 2, (near - old["return"]) ** 2),
-        # KL(p, p_SFT) of the thoughts: SFT has taught how to read and reason, and the action is free
-        # (the square has the gradient of KL itself, and no exponential that an unlikely thought could blow up)
-        "kl_to_sft": 0.5 * (old.get("sft_logp_cot", scores.logp_cot) - scores.logp_cot) ** 2,
-        "approx_kl": (share * (ratio - 1 - log_ratio)).sum(1),  # unbiased, never negative (Schulman's k3)
-        "clipfrac": (share * ((ratio - 1).abs() > clip)).sum(1),
-        "entropy": scores.entropy,
-        "exploded": (log_ratio > MAX_LOG_RATIO).any(1).float(),
-        "ratio_error": (ratio - 1).abs().amax(1),
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "log_ratio": log_ratio,
+        "approx_kl": ratio - 1 - log_ratio,  # unbiased for KL(pi_old, pi_new), never negative
+        "clipfrac": ((ratio - 1).abs() > clip).float(),
+        "entropy": new.entropy,
     }
 
 
-def ppo_update(policy, optimizer, rollout, *, cot_scale, gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4,
-               minibatch=64, microbatch=64, value_coef=0.5, max_grad_norm=0.5, target_kl=None, kl_coef=0.0):
-    """Fit the policy and its value function to one rollout by clipped PPO (Schulman et al. 2017).
+def ppo_update(policy, optimizer, rollout, cot_scale, config):
+    """Fit the policy and its value function to one rollout, by clipped PPO.
 
-    policy.evaluate(list of answers) gives `Scores`: logp_cot, logp_action, value, entropy, each (batch,), with
-    gradients. With rollout.logps every token has a ratio of its own. A mini-batch of `minibatch` steps makes one
-    optimiser step, in pieces of `microbatch` that fit into memory. target_kl ends the update early once a mini-batch's
-    approx_kl passes 1.5 times it; kl_coef weighs the drift of the thoughts. Shuffling takes torch's global generator.
-    A mini-batch with a gradient that is not finite, or with a ratio past exp(MAX_LOG_RATIO), is skipped; more than
-    MAX_SKIPPED in a row raise FloatingPointError.
+    policy.evaluate(list of answers) returns `Scores` with gradients: logp_cot, logp_action, value,
+    entropy, (N,). config has gamma, gae_lambda, clip, value_clip, epochs, minibatch, microbatch,
+    value_coef, kl_coef, max_grad_norm and target_kl, as train.py's flags explain them. Shuffling
+    uses torch's global generator.
 
-    Under torch.distributed every process brings a rollout of the same size, and a mini-batch is the union of their
-    shares: the advantages are normalised and the gradients summed over all of them.
+    Under torch.distributed every process brings a rollout of the same size. A mini-batch is the
+    union of their shares: gradients are summed, and the advantages are normalised over all
+    processes.
 
-    Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac, entropy, kl_to_sft,
-    grad_norm (before clipping); and explained_variance of the old values, first_ratio_error (max |ratio - 1| on the
-    first mini-batch), skipped (number of mini-batches).
+    Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac,
+    entropy, kl_to_sft, grad_norm (before clipping); and explained_variance of the old values,
+    first_ratio_error (max |rho - 1| on the first mini-batch: 0 where sampling and scoring agree),
+    skipped (number of mini-batches). Raises FloatingPointError where too many mini-batches are
+    broken.
     """
-    advantages, returns = compute_gae(rollout, gamma, gae_lambda)
-    everyone = torch.stack(gather(advantages))  # (processes, T, N)
-    old = {"logp": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale), "value": rollout.values,
-           "advantage": (advantages - everyone.mean()) / (everyone.std() + 1e-8), "return": returns,
-           "sft_logp_cot": rollout.sft_logp_cot, "logps": rollout.logps}
-    old = {key: x.flatten(0, 1) for key, x in old.items() if x is not None}  # (T * N,), logps (T * N, tokens)
+    # 1. Compute what stays fixed during the update: old log-probabilities, advantages, returns
+    advantages, returns = compute_gae(rollout, config.gamma, config.gae_lambda)     # (T, N) each
+    old = {
+        "log_prob": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale),
+        "value": rollout.values,
+        "advantage": normalise(advantages),
+        "return": returns,
+    }
+    add_variants(old, rollout)
+    old = {name: x.flatten(0, 1) for name, x in old.items()}                   # (T * N,) each
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps, share = len(old["logp"]), minibatch // len(everyone)
-    history, first_ratio_error, skipped, skipped_in_a_row = [], 0.0, 0, 0
-    for batch in (batch for _ in range(epochs) for batch in torch.randperm(steps).split(share)):
-        stats = {}
-        for index in batch.split(microbatch):
-            scores = policy.evaluate([rollout.answers[i] for i in index])
-            here = {key: x[index].to(scores.value.device) for key, x in old.items()}
-            terms = loss_terms(scores, here, cot_scale, clip, value_clip)
-            loss = terms["policy_loss"] + value_coef * terms["value_loss"] + kl_coef * terms["kl_to_sft"]
-            (loss.sum() / (len(batch) * len(everyone))).backward()
-            ratio_error = terms.pop("ratio_error").max().item()
-            if not history and not skipped:
-                first_ratio_error = max(ratio_error, first_ratio_error)  # in this order NaN stays
-            stats = {key: stats.get(key, 0.0) + x.sum().item() / len(batch) for key, x in terms.items()}
+    minibatch_size = config.minibatch // world_size()      # this process's share
+    report = UpdateReport()
+    for batch in shuffled_minibatches(len(rollout.answers), minibatch_size, config.epochs):
+
+        # 2. Score the answers again and add up the gradient, in pieces that fit into memory
+        pieces = []
+        for piece in batch.split(config.microbatch):
+            new = policy.evaluate([rollout.answers[i] for i in piece])
+            old_piece = {name: x[piece].to(new.value.device) for name, x in old.items()}
+            losses = ppo_loss(new, old_piece, cot_scale, config.clip, config.value_clip)
+            losses |= variant_losses(new, old_piece, config.clip)
+            loss = (losses["policy_loss"]
+                    + config.value_coef * losses["value_loss"]
+                    + config.kl_coef * losses["kl_to_sft"])                    # (piece,)
+            (loss.sum() / (len(batch) * world_size())).backward()
+            pieces.append({name: x.detach() for name, x in losses.items()})
         sum_gradients(parameters)
-        means = torch.tensor(gather(list(stats.values()))).mean(0).tolist()
-        stats = dict(zip(stats, means), grad_norm=torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item())
-        broken = not math.isfinite(stats["grad_norm"]) or stats["exploded"] > 0
-        if not broken:
+
+        # 3. Clip the gradient and take one step of the optimiser; skip a broken mini-batch
+        max_grad_norm = config.max_grad_norm or math.inf  # 0: off
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        is_whole = report.add(pieces, grad_norm)
+        if is_whole:
             optimizer.step()
-            history.append(stats)
         optimizer.zero_grad(set_to_none=True)
-        skipped, skipped_in_a_row = skipped + broken, (skipped_in_a_row + 1) * broken
-        if skipped_in_a_row > MAX_SKIPPED:
-            raise FloatingPointError(f"{skipped_in_a_row} mini-batches in a row had no finite gradient or exploded")
-        if target_kl and not broken and stats["approx_kl"] > 1.5 * target_kl:
+
+        # 4. Stop early where the policy has moved far enough from the one that sampled
+        if config.target_kl and is_whole and report.approx_kl() > 1.5 * config.target_kl:
             break
-    means = {key: sum(stats[key] for stats in history) / max(len(history), 1) for key in stats if key != "exploded"}
-    values, returns = (torch.stack(gather(x)) for x in (rollout.values, returns))
-    return means | {"explained_variance": explained_variance(values, returns),
-                    "first_ratio_error": first_ratio_error, "skipped": skipped}
+
+    return report.means() | {"explained_variance": explained_variance(rollout.values, returns)}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Data parallel: one process a GPU, each with its own environments (nothing happens without torch.distributed)
+def normalise(advantages):
+    """Advantages (T, N) with mean 0 and deviation 1 over the whole rollout of all processes."""
+    all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
+    return (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
+
+
+def shuffled_minibatches(num_steps, size, epochs):
+    """Yield indices of steps: `epochs` passes over all, each in a new order, `size` at a time."""
+    for _ in range(epochs):
+        yield from torch.randperm(num_steps).split(size)
+
+
+# -------------------------------------------------------------------------------------------------
+# Report of an update: what the run prints and writes. The method does not need it.
+
+MAX_LOG_RATIO = 10.0   # a ratio past exp(10) has left the region where PPO means anything
+MAX_SKIPPED = 5        # broken mini-batches in a row before the run stops
+
+
+class UpdateReport:
+    """Means over the mini-batches of one update; knows which mini-batch is broken."""
+
+    def __init__(self):
+        self.history = []              # a dict of means for each whole mini-batch
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.first_ratio_error = None
+
+    def add(self, pieces, grad_norm):
+        """Take the losses of a mini-batch (a list of dicts of tensors); return whether it is whole.
+
+        A mini-batch is broken where its gradient is not finite or a ratio exploded.
+        Raises FloatingPointError where more than MAX_SKIPPED in a row are broken.
+        """
+        terms = {name: torch.cat([piece[name].flatten() for piece in pieces]) for name in pieces[0]}
+        log_ratio = terms.pop("log_ratio")
+        stats = mean_over_processes({name: x.mean().item() for name, x in terms.items()})
+        exploded = max(gather((log_ratio > MAX_LOG_RATIO).any().item()))
+
+        # Before the first step of the optimiser every ratio should be 1
+        if self.first_ratio_error is None:
+            self.first_ratio_error = (log_ratio.exp() - 1).abs().max().item()
+
+        if math.isfinite(grad_norm) and not exploded:
+            self.history.append(stats | {"grad_norm": grad_norm})
+            self.skipped_in_a_row = 0
+            return True
+
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} mini-batches in a row had an infinite gradient "
+                "or an exploded ratio"
+            )
+        return False
+
+    def approx_kl(self):
+        """Of the last whole mini-batch."""
+        return self.history[-1]["approx_kl"]
+
+    def means(self):
+        """Means over the whole mini-batches. Raises FloatingPointError where there is none."""
+        if not self.history:
+            raise FloatingPointError("every mini-batch of an update was broken")
+        means = {}
+        for name in self.history[0]:
+            means[name] = sum(stats[name] for stats in self.history) / len(self.history)
+        return means | {"first_ratio_error": self.first_ratio_error, "skipped": self.skipped}
+
+
+def explained_variance(values, returns):
+    """1 - Var(R - V) / Var(R), over all processes: 1 is a perfect value function, 0 a constant
+    one."""
+    values = torch.stack(gather(values))
+    returns = torch.stack(gather(returns))
+    variance = returns.var()
+    if not variance > 0:
+        return float("nan")
+    return (1 - (returns - values).var() / variance).item()
+
+
+# -------------------------------------------------------------------------------------------------
+# Variants of the method: a penalty on drift, one ratio a token, a CoT scale that is found
+
+
+def add_variants(old, rollout):
+    """Add to the dict `old` what a variant wants to know of the rollout."""
+    if rollout.sft_logp_cot is not None:
+        old["sft_logp_cot"] = rollout.sft_logp_cot
+    if rollout.token_logps is not None:
+        old["token_logps"] = rollout.token_logps
+
+
+def variant_losses(new, old, clip):
+    """What variants put into the dict of `ppo_loss`: kl_to_sft, and other terms for one ratio a
+    token."""
+    losses = {"kl_to_sft": kl_to_sft(new, old)}
+    if "token_logps" in old:
+        losses |= token_ratio_loss(new, old, clip)
+    return losses
+
+
+def kl_to_sft(new, old):
+    """How far the thoughts have drifted from those of the SFT policy, (N,); 0 where nobody asked.
+
+    Nothing rewards well-formed thoughts, so they drift until answers are illegal. SFT has taught
+    how to read and reason: a small weight on this term keeps that, and the action stays free. The
+    square has the gradient of KL(p, p_SFT), and no exponential that an unlikely thought could blow
+    up.
+    """
+    if "sft_logp_cot" not in old:
+        return torch.zeros_like(new.logp_cot)
+    return 0.5 * (old["sft_logp_cot"] - new.logp_cot) ** 2
+
+
+def token_ratio_loss(new, old, clip):
+    """One ratio a token instead of one a step, without lambda (VL-DAC, arXiv 2508.04280): terms for
+    `ppo_loss`."""
+    num_tokens = new.token_logps.shape[1]
+    old_logps = old["token_logps"][:, :num_tokens]                             # (N, L)
+    log_ratio = new.token_logps - old_logps                                    # (N, L)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+
+    # Each answer counts once, however long it is
+    weight = new.token_mask / new.token_mask.sum(1, keepdim=True)              # (N, L)
+    advantage = old["advantage"][:, None]                                      # (N, 1)
+    token_loss = -torch.min(ratio * advantage, clipped_ratio * advantage)      # (N, L)
+    return {
+        "policy_loss": (weight * token_loss).sum(1),
+        "log_ratio": log_ratio,
+        "approx_kl": (weight * (ratio - 1 - log_ratio)).sum(1),
+        "clipfrac": (weight * ((ratio - 1).abs() > clip)).sum(1),
+    }
+
+
+def auto_cot_scale(token_logps, num_cot_tokens):
+    """The lambda at which thoughts and action add equal noise to the policy gradient, at most 1.
+
+    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score
+    has mean zero whatever came before it. So the scores of different tokens are uncorrelated, and
+    their variances add up:
+
+        Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act,      F = sum over the part's tokens of E
+        |s|^2
+
+    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2 =
+    E[1 - p(sampled token)]: the probabilities of the sampled tokens estimate F. Equal noise,
+    lambda^2 F_cot = F_act, gives lambda = sqrt(F_act / F_cot). A certain thought adds no noise,
+    however long.
+
+    token_logps: list of (L,) log-probabilities of sampled answers; num_cot_tokens: how many of each
+    are thoughts.
+    """
+    cot_noise = 0.0
+    action_noise = 0.0
+    for logps, num_cot in zip(token_logps, num_cot_tokens):
+        noise = 1 - logps.double().exp()                                       # (L,)
+        cot_noise += noise[:num_cot].sum().item()
+        action_noise += noise[num_cot:].sum().item()
+    cot_noise, action_noise = total_over_processes([cot_noise, action_noise])
+    if cot_noise <= action_noise:
+        return 1.0
+    return math.sqrt(action_noise / cot_noise)
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes: one a GPU, each with its own environments. Without torch.distributed these do
+# nothing.
+
+
+def rank():
+    """The number of this process, 0 for the first or only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(x):
-    """What all processes have for `x`, any object, in a list; alone, [x]."""
-    everyone = [x] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, x)
+    """A list of what each process has for `x`, any object that can be pickled; alone, [x]."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, x)
     return everyone
+
+
+def from_first_process(x):
+    """What the first process has for `x`."""
+    return gather(x)[0]
+
+
+def total_over_processes(numbers):
+    """Sums of a list of numbers, one by one, over all processes; a list."""
+    return [sum(column) for column in zip(*gather(numbers))]
+
+
+def mean_over_processes(stats):
+    """Means of a dict of numbers over all processes; a dict."""
+    totals = total_over_processes(list(stats.values()))
+    return {name: total / world_size() for name, total in zip(stats, totals)}
+
+
+def barrier():
+    """Wait until all processes are here."""
+    gather(None)
+
+
+def broadcast(tensors):
+    """Give all processes the first process's `tensors`, in place."""
+    if dist.is_initialized():
+        for x in tensors:
+            dist.broadcast(x, src=0)
 
 
 def sum_gradients(parameters):
     """Add up the gradients of all processes, in place."""
-    for p in parameters if dist.is_initialized() else ():
-        if p.grad is None:  # no sample here reached it, but one elsewhere may have
+    if not dist.is_initialized():
+        return
+    for p in parameters:
+        if p.grad is None:  # no sample of this process reached it, but another's may have
             p.grad = torch.zeros_like(p)
         dist.all_reduce(p.grad)
 
 
+# -------------------------------------------------------------------------------------------------
+# On its own: the advantages of five steps
+
+
 def main():
-    # Five steps of one environment: reward at step 1 with a termination, truncation at step 3.
-    column = lambda *xs: torch.tensor(xs)[:, None]  # noqa: E731
-    rollout = Rollout([], *[torch.zeros(5, 1)] * 2, values=column(0.5, 0.8, 0.2, 0.3, 0.1),
-                      next_values=column(0.8, 9.0, 0.3, 0.4, 0.6), rewards=column(0.0, 1.0, 0.0, -1.0, 0.0),
-                      terminated=column(False, True, False, False, False),
-                      truncated=column(False, False, False, True, False))
+    def column(*numbers):
+        return torch.tensor(numbers)[:, None]                                  # (T, 1)
+
+    # One environment. The episode ends at step 1; a time limit cuts the next one off at step 3.
+    rollout = Rollout(
+        answers=[],
+        logp_cot=torch.zeros(5, 1),
+        logp_action=torch.zeros(5, 1),
+        values=column(0.5, 0.8, 0.2, 0.3, 0.1),
+        next_values=column(0.8, 9.0, 0.3, 0.4, 0.6),
+        rewards=column(0.0, 1.0, 0.0, -1.0, 0.0),
+        terminated=column(False, True, False, False, False),
+        truncated=column(False, False, False, True, False),
+    )
     advantages, returns = compute_gae(rollout, gamma=0.9, gae_lambda=0.95)
+
     print("step  reward  V(s)  V(s')  end         advantage  return")
     for t in range(5):
-        end = "terminated" if rollout.terminated[t] else "truncated" if rollout.truncated[t] else ""
-        print(f"{t:4}  {rollout.rewards[t, 0]:6.2f}  {rollout.values[t, 0]:.2f}  {rollout.next_values[t, 0]:5.2f}  "
-              f"{end:10}  {advantages[t, 0]:9.4f}  {returns[t, 0]:6.4f}")
-    print("by hand: A1 = 1 - 0.8 = 0.2 (V(s') does not count), A0 = 0.9 * 0.8 - 0.5 + 0.9 * 0.95 * A1 = 0.391,\n"
-          "         A3 = -1 + 0.9 * 0.4 - 0.3 = -0.94 (V(s') counts), A2 = 0.9 * 0.3 - 0.2 + 0.9 * 0.95 * A3 = -0.7337")
+        end = ""
+        if rollout.terminated[t]:
+            end = "terminated"
+        if rollout.truncated[t]:
+            end = "truncated"
+        print(
+            f"{t:4}  {rollout.rewards[t, 0]:6.2f}  {rollout.values[t, 0]:.2f}  "
+            f"{rollout.next_values[t, 0]:5.2f}  {end:10}  "
+            f"{advantages[t, 0]:9.4f}  {returns[t, 0]:6.4f}"
+        )
+    print("by hand: A1 = 1 - 0.8 = 0.2                        terminated: V(s') does not count")
+    print("         A0 = 0.9 * 0.8 - 0.5 + 0.9 * 0.95 * A1 = 0.391")
+    print("         A3 = -1 + 0.9 * 0.4 - 0.3 = -0.94         truncated: V(s') counts")
+    print("         A2 = 0.9 * 0.3 - 0.2 + 0.9 * 0.95 * A3 = -0.7337")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What the model reads and what is made of its answer: prompts, demonstrations, and the parser f.
+"""What the model reads, and what is made of its answer: prompts, demonstrations, the parser f.
 
-    prompt = build_prompt(info)                                           # v_in, without the picture
-    answer = demonstration(info, "hit")                                   # an expert's v_out, for SFT
-    action, was_legal = parse_action(answer, info["legal_actions"], rng)  # the paper's f
+    prompt = build_prompt(info)                     # v_in, without the picture
+    answer = demonstration(info, "hit")             # v_out of an expert, for SFT
+    action, was_legal = parse_action(answer, info["legal_actions"], rng)    # the paper's f
 
-An answer is a JSON object: key-state fields that say what the picture shows, "thoughts", then "action".
-All up to the key `"action":` is the chain of thought (CoT), the rest is the action (paper, section 4).
-`action_start` finds that place in the *text*, so that it holds for any tokenizer.
+An answer is a JSON object: key-state fields that say what the picture shows, then "thoughts", then
+"action". Everything before the key `"action":` is the chain of thought (CoT), the rest is the
+action (paper, section 4). `action_start` finds that place in the *text*, so it holds for any
+tokenizer.
 
-`python prompts.py --env blackjack` prints a prompt, an answer and what the parser makes of it.
+Read the whole file; the tasks come first, then the prompt, then the parser.
+
+`python prompts.py --env blackjack` prints a prompt, an answer, and what the parser makes of it.
 """
+import argparse
 import itertools
 import json
 import re
@@ -21,184 +25,315 @@ import numpy as np
 
 import env
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The tasks in words
 
 
 @dataclass(frozen=True)
+class Field:
+    """A key-state field of an answer, such as "cards"."""
+
+    description: object             # what the prompt asks for: a str, or a list of one str
+    truth: Callable[[dict], object]  # info -> what an agent that sees right writes
+
+
+def nothing_to_tell(info):
+    return ""
+
+
+@dataclass(frozen=True)
 class Task:
-    """How a task is told to the model. Every function takes the environment's `info` and nothing else."""
+    """How a task is told to the model. Every function takes the environment's `info`."""
+
     rules: str                          # the task, the same in every state
-    fields: dict                        # key-state fields: name -> (what to write there, function: the truth)
-    thoughts: Callable[[dict], str]     # what an expert thinks here
-    state: Callable[[dict], str] = lambda info: ""  # what the text tells of this state beside the picture
+    fields: dict                        # key-state fields: name -> Field
+    thoughts: Callable[[dict], str]     # what an expert thinks in this state
+    state: Callable[[dict], str] = nothing_to_tell  # what the text tells beside the picture
 
 
-def points_task(count, target, entries):
-    def thoughts(info):
-        # The whole plan at every step, split where the formula stands, then the entry that follows from it.
-        hand, formula = " ".join(map(str, sorted(info["numbers"]))), info["formula"]
-        plan = env.solve(info["numbers"], target, formula)
-        if plan is None:
-            return f"{hand} cannot make {target}, write ="
-        rest = [*plan, "="][len(formula):]
-        return f"{hand} make {target}: {''.join(formula)} > {''.join(rest)}, write {rest[0]}"
+def ranks_of(cards):
+    """The ranks of cards such as "10H": everything but the letter of the suit."""
+    return [card[:-1] for card in cards]
 
-    return Task(
-        rules=f"The picture shows {count} playing cards. Write a formula that uses each card once and equals {target}, "
-              f"one entry at a time: a number or one of {entries}. A counts 1; J, Q and K count 10. "
-              "The entry = hands it in",
-        fields={"cards": (["rank of each card"], lambda info: [card[:-1] for card in info["cards"]]),
-                "formula": ("the formula so far", lambda info: "".join(info["formula"]))},
-        thoughts=thoughts,
-        state=lambda info: f"Formula so far: {''.join(info['formula'])}\n")
+
+def numberline_thoughts(info):
+    if info["target"] > info["current"]:
+        return "the target is above"
+    return "the target is below"
 
 
 def blackjack_thoughts(info):
-    # Longer hands are added up card by card, aces as 1: "12, 19, hard 20 against 10, may bust".
-    sums = list(itertools.accumulate(map(env.card_number, info["player"])))
-    total, dealer = info["player_total"], env.card_number(info["dealer_card"])
-    return ("".join(f"{so_far}, " for so_far in sums[1:-1])
-            + f"{'soft' if total > sums[-1] else 'hard'} {total} against {'A' if dealer == 1 else dealer}, "
-              f"{'may' if sums[-1] > 11 else 'cannot'} bust")
+    """Such as "12, 19, hard 20 against 10, may bust": longer hands are added up card by card."""
+    numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
+    sums = list(itertools.accumulate(numbers))
+    dealer = env.card_number(info["dealer_card"])
+
+    partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])
+    kind = "soft" if info["player_total"] > sums[-1] else "hard"    # soft: an ace counts 11
+    dealer_name = "A" if dealer == 1 else dealer
+    risk = "may" if sums[-1] > 11 else "cannot"
+    return f"{partial_sums}{kind} {info['player_total']} against {dealer_name}, {risk} bust"
+
+
+def points_task(count, target, entries):
+    """The task of EZPoints and Points24: a formula of `count` cards that equals `target`."""
+
+    def thoughts(info):
+        # Write the whole plan at every step, split where the formula stands, then the next entry
+        hand = " ".join(str(number) for number in sorted(info["numbers"]))
+        formula = info["formula"]
+        plan = env.solve(info["numbers"], target, formula)
+        if plan is None:
+            return f"{hand} cannot make {target}, write ="
+        done = "".join(formula)
+        rest = [*plan, "="][len(formula):]
+        return f"{hand} make {target}: {done} > {''.join(rest)}, write {rest[0]}"
+
+    return Task(
+        rules=f"The picture shows {count} playing cards. Write a formula that uses each card once "
+              f"and equals {target}, one entry at a time: a number or one of {entries}. "
+              "A counts 1; J, Q and K count 10. The entry = hands it in",
+        fields={
+            "cards": Field(["rank of each card"], lambda info: ranks_of(info["cards"])),
+            "formula": Field("the formula so far", lambda info: "".join(info["formula"])),
+        },
+        thoughts=thoughts,
+        state=lambda info: f"Formula so far: {''.join(info['formula'])}\n",
+    )
 
 
 TASKS = {
     "numberline": Task(
-        rules="The picture shows a target number and a current number. Make them equal, one step at a time: "
-              "+ adds 1 to the current number and - takes 1 away",
-        fields={"target": ("the target number", lambda info: info["target"]),
-                "current": ("the current number", lambda info: info["current"])},
-        thoughts=lambda info: f"the target is {'above' if info['target'] > info['current'] else 'below'}"),
+        rules="The picture shows a target number and a current number. Make them equal, one step "
+              "at a time: + adds 1 to the current number and - takes 1 away",
+        fields={
+            "target": Field("the target number", lambda info: info["target"]),
+            "current": Field("the current number", lambda info: info["current"]),
+        },
+        thoughts=numberline_thoughts,
+    ),
     "ezpoints": points_task("two", 12, "+ *"),
     "points24": points_task("four", 24, "+ - * / ( )"),
     "blackjack": Task(
-        rules="The picture shows a hand of blackjack. Come closer to 21 than the dealer without going over: "
-              "hit draws a card and stand ends your turn",
-        fields={"dealer": ("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
-                "hand": (["rank of each of your cards"], lambda info: [card[:-1] for card in info["player"]])},
-        thoughts=blackjack_thoughts),
-    # About 560 characters a prompt (1100 in the data set's rooms), half of them rules and form, and 130 an answer.
+        rules="The picture shows a hand of blackjack. Come closer to 21 than the dealer without "
+              "going over: hit draws a card and stand ends your turn",
+        fields={
+            "dealer": Field("rank of the dealer's card", lambda info: info["dealer_card"][:-1]),
+            "hand": Field(["rank of each of your cards"], lambda info: ranks_of(info["player"])),
+        },
+        thoughts=blackjack_thoughts,
+    ),
     "alfworld": Task(
-        rules="The picture shows a task at the top, below it what is in front of you, then a map of the room and what "
-              "you carry. Do the task: go to places, open them, find things, carry them",
-        fields={"seen": (["each thing in front"], lambda info: info["visible"]),
-                "carrying": ("what you carry", lambda info: info["carried"] or "nothing")},
+        rules="The picture shows a task at the top, below it what is in front of you, then a map "
+              "of the room and what you carry. Do the task: go to places, open them, find things, "
+              "carry them",
+        fields={
+            "seen": Field(["each thing in front"], lambda info: info["visible"]),
+            "carrying": Field("what you carry", lambda info: info["carried"] or "nothing"),
+        },
         thoughts=lambda info: f"{info['subgoal']}: {info['expert']}",
-        state=lambda info: f"Task: {info['task']}\n{info['observation']}\n"),
+        state=lambda info: f"Task: {info['task']}\n{info['observation']}\n",
+    ),
 }
-CARD_TASKS = tuple(name for name in TASKS if name != "alfworld")  # those that need no engine
+CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")  # those that need no engine
 
+# -------------------------------------------------------------------------------------------------
+# The prompt v_in and the demonstrations
 
 STYLES = ("full", "thoughts", "vision", "action", "chatty")
-CHATTER = "well now so then okay right fine hmm".split()
-
-
-def chatter(info):
-    """Four words that say nothing, a different four in every state: 8.3 nats that no policy can know better."""
-    number = zlib.crc32(repr(info).encode())
-    return " - ".join(CHATTER[number >> 3 * i & 7] for i in range(4))
 
 
 def fields(info, style="full"):
-    """What an answer holds before its action, a dict of field -> (what to write there, function of info: the truth).
+    """The fields of an answer before its action: dict of name -> Field.
 
-    style: "full" asks for key-state fields and thoughts (the paper's prompt), "thoughts" for thoughts alone, "action"
-    for neither; "vision" is "full", but all that the text would tell of the state must be read from the picture;
-    "chatty" is "full", with thoughts that begin with chatter, as those of large models vary from answer to answer.
+    full: key-state fields and thoughts, as in the paper; thoughts: thoughts alone; action: neither;
+    vision: as full, but the text tells nothing that the picture shows;
+    chatty: as full, with idle words before the thoughts, as those of large models vary.
     """
     task = TASKS[info["env"]]
-    thought = (lambda info: f"{chatter(info)} - {task.thoughts(info)}") if style == "chatty" else task.thoughts
-    thoughts = {"thoughts": ("what follows from this", thought)}
-    return {"action": {}, "thoughts": thoughts}.get(style, task.fields | thoughts)
+    if style == "action":
+        return {}
+
+    thoughts = {"thoughts": Field("what follows from this", task.thoughts)}
+    if style == "thoughts":
+        return thoughts
+    if style == "chatty":
+        thoughts = {"thoughts": Field("what follows from this", chatty_thoughts)}
+    return task.fields | thoughts
 
 
 def build_prompt(info, style="full"):
-    """The text v_in that goes to the model with the picture.
+    """The text v_in that goes to the model with the picture (paper, section 4.1).
 
-    info: the environment's `info` in this state. The prompt states the task, the part of the state that is told
-    in words, the legal actions and the output format (paper, section 4.1).
+    info: the environment's `info` in this state. The prompt states the task, the part of the state
+    that is told in words, the legal actions and the output format.
     """
     task = TASKS[info["env"]]
-    told = "" if style == "vision" else task.state(info)
+    state = task.state(info)
+    if style == "vision":
+        state = ""
     if info["obs"] == "text":
-        told += f"What you see: {json.dumps({field: truth(info) for field, (_, truth) in task.fields.items()})}\n"
-    form = {field: what for field, (what, _) in fields(info, style).items()} | {"action": "a legal action"}
-    return f"{task.rules}.\n{told}Legal actions: {', '.join(info['legal_actions'])}\nAnswer in JSON: {json.dumps(form)}"
+        seen = {name: field.truth(info) for name, field in task.fields.items()}
+        state += f"What you see: {json.dumps(seen)}\n"
+
+    form = {name: field.description for name, field in fields(info, style).items()}
+    form["action"] = "a legal action"
+    legal_actions = ", ".join(info["legal_actions"])
+    return (
+        f"{task.rules}.\n"
+        f"{state}"
+        f"Legal actions: {legal_actions}\n"
+        f"Answer in JSON: {json.dumps(form)}"
+    )
 
 
 def demonstration(info, action, style="full"):
-    """The answer of an agent that sees right, reasons right and plays `action`: a JSON object as text."""
-    return json.dumps({field: truth(info) for field, (_, truth) in fields(info, style).items()} | {"action": action})
+    """The answer of an agent that sees and thinks right and plays `action`: JSON as text."""
+    answer = {name: field.truth(info) for name, field in fields(info, style).items()}
+    answer["action"] = action
+    return json.dumps(answer)
 
 
-def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
-    """Prompts and answers from random play of the tasks `names`: what the tiny model's tokenizer learns from."""
-    rng, texts = np.random.default_rng(seed), []
-    for name in names:
-        game = env.GAMES[name](obs="text")  # draws nothing
-        for episode in range(episodes):
-            _, info = game.reset(seed=seed + episode)
-            for _ in itertools.takewhile(lambda _: not game.over, range(25)):
-                action = int(rng.integers(len(info["legal_actions"])))
-                texts += [build_prompt(info | {"obs": obs}, style),
-                          demonstration(info, info["legal_actions"][action], style)]
-                *_, info = game.step(action)
-    return texts
-
-
-# ---------------------------------------------------------------------------------------------------
-# The parser
+# -------------------------------------------------------------------------------------------------
+# The parser f: from the text of an answer to a legal action
 
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
-SPAN = 200  # characters of an answer's value that are looked at; longer than any action
-KEYS = [re.compile(key, re.IGNORECASE) for key in (rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", r"\baction\s{0,9}:")]
-# A quoted value ends at the next quote, a bare one at , } or a line's end.
-VALUE = re.compile(rf"\s*(?:[{QUOTES}]([^{QUOTES}]*)|([^,}}\n]*))")
+QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
+BARE_KEY = re.compile(r"\baction\s{0,9}:", re.IGNORECASE)
+QUOTED_VALUE = re.compile(rf"\s*[{QUOTES}]([^{QUOTES}]*)")  # ends at the next quote
+BARE_VALUE = re.compile(r"\s*([^,}\n]*)")                   # ends at , or } or the line's end
+MAX_VALUE = 200  # characters of a value that are looked at; longer than any action
 
 
 def find_keys(text):
-    """All places (match objects) of the key `"action":`; without quotes only where none has quotes."""
-    return next((found for key in KEYS if (found := list(key.finditer(text)))), [])
+    """All places of the key `"action":`, as matches; without quotes only if none has quotes."""
+    quoted = list(QUOTED_KEY.finditer(text))
+    if quoted:
+        return quoted
+    return list(BARE_KEY.finditer(text))
 
 
 def action_start(text):
-    """Index of the first character of `"action":` in `text`, where the CoT ends; len(text) if there is none."""
-    return next((key.start() for key in find_keys(text)), len(text))
+    """Index of the first character of `"action":`, where the CoT ends; len(text) without one."""
+    keys = find_keys(text)
+    if keys:
+        return keys[0].start()
+    return len(text)
+
+
+def value_after(key, text):
+    """The value behind a key that `find_keys` found, in lower case."""
+    span = text[key.end(): key.end() + MAX_VALUE]
+    match = QUOTED_VALUE.match(span) or BARE_VALUE.match(span)
+    return match[1].strip().lower()
+
+
+def pattern_of(actions):
+    """A regular expression for any of the `actions` (str, lower case), as whole words.
+
+    "1" is not found in "10", and "-" is found only where it stands alone.
+    """
+    alternatives = []
+    for action in sorted(actions, key=len, reverse=True):  # "drawer 12" is tried before "drawer 1"
+        name = re.escape(action)
+        if action[-1:].isalnum():
+            alternatives.append(rf"(?<!\w){name}(?!\w)")
+        else:
+            alternatives.append(rf"(?<!\S){name}(?!\S)")
+    return re.compile("|".join(alternatives))
 
 
 def parse_action(text, legal_actions, rng):
     """The paper's f: the action that `text` names, else a uniformly random legal one.
 
-    text: any string; legal_actions: list of str, not empty; rng: a numpy Generator, used for illegal answers
-    only. Returns (action, was_legal). Legal is exactly one action after the key `"action":`; quotes, spacing,
-    case, trailing text and missing braces do not matter; two different actions, or none, are illegal. Never
-    raises; time is linear in the text.
+    text: any string; legal_actions: list of str, not empty; rng: a numpy Generator, used for
+    illegal answers only. Returns (action, was_legal). An answer is legal if it names exactly one
+    action after the key `"action":`. Quotes, spacing, case, trailing text and missing braces do not
+    matter. Two different actions, or none, are illegal. Never raises; the time is linear in the
+    text.
     """
-    spans = {text[key.end(): key.end() + SPAN] for key in find_keys(text)}
-    values = {"".join(VALUE.match(span).groups("")).strip().lower() for span in spans}
-    names = {action.lower(): action for action in legal_actions}
-    # The longest name first, none inside a longer word (10 is not 1), and a sign only where it stands alone.
-    name = re.compile("|".join(rf"(?<!\w){re.escape(n)}(?!\w)" if n[-1:].isalnum() else rf"(?<!\S){re.escape(n)}(?!\S)"
-                               for n in sorted(names, key=len, reverse=True)))
-    found = {n for value in values for n in name.findall(value)}
-    if len(found) == 1 and all(map(name.match, values)):
-        return names[found.pop()], True
-    return legal_actions[int(rng.integers(len(legal_actions)))], False
+    original = {action.lower(): action for action in legal_actions}
+    pattern = pattern_of(original)
+    values = {value_after(key, text) for key in find_keys(text)}
+
+    # Legal: every value begins with an action, and all values name the same one
+    named = {name for value in values for name in pattern.findall(value)}
+    if len(named) == 1 and all(pattern.match(value) for value in values):
+        return original[named.pop()], True
+
+    random_index = int(rng.integers(len(legal_actions)))
+    return legal_actions[random_index], False
+
+
+# -------------------------------------------------------------------------------------------------
+# Idle words, and texts for a tokenizer. The method does not need them.
+
+IDLE_WORDS = "well now so then okay right fine hmm".split()
+
+
+def chatty_thoughts(info):
+    """The thoughts after four words that say nothing: 8.3 nats that no policy can know better.
+
+    The words depend on the state, and look random.
+    """
+    number = zlib.crc32(repr(info).encode())
+    words = []
+    for _ in range(4):
+        words.append(IDLE_WORDS[number % 8])
+        number //= 8
+    return " - ".join(words) + " - " + TASKS[info["env"]].thoughts(info)
+
+
+def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
+    """Prompts and answers of random play: what the embedded model's tokenizer learns from."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for name in names:
+        game = env.GAMES[name](obs="text")  # draws no pictures
+        for episode in range(episodes):
+            _, info = game.reset(seed=seed + episode)
+            num_steps = 0
+            while not game.over and num_steps < 25:
+                action = int(rng.integers(len(info["legal_actions"])))
+                texts.append(build_prompt(info | {"obs": obs}, style))
+                texts.append(demonstration(info, info["legal_actions"][action], style))
+                *_, info = game.step(action)
+                num_steps += 1
+    return texts
+
+
+# -------------------------------------------------------------------------------------------------
+# On its own: a prompt, an answer, and what the parser makes of it
 
 
 def main():
-    parser = env.Parser(description="Print a prompt, an expert's answer and what the parser makes of it.")
-    parser.add_argument("--env", choices=TASKS, default="blackjack", help="the task")
-    parser.add_argument("--prompt", choices=STYLES, default="full", help="what the prompt asks for and gives away")
-    parser.add_argument("--seed", type=env.natural_int, default=0, help="fixes the state")
+    parser = argparse.ArgumentParser(
+        description="Print a prompt, an expert's answer and what the parser makes of it.",
+        usage=argparse.SUPPRESS)  # without a usage text an error is one line
+    add = parser.add_argument
+    add("--env", choices=TASKS, default="blackjack", help="the task [blackjack]")
+    add("--prompt", choices=STYLES, default="full", help="style of the prompt [full]")
+    add("--seed", type=int, default=0, help="fixes the state [0]")
     args = parser.parse_args()
-    _, info = env.GAMES[args.env]().reset(seed=args.seed)
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} is negative")
+
+    try:
+        game = env.GAMES[args.env]()
+    except ValueError as error:  # ALFWorld is not installed
+        parser.error(str(error))
+    _, info = game.reset(seed=args.seed)
     answer = demonstration(info, env.expert_action(info), args.prompt)
-    at = action_start(answer)
-    action, was_legal = parse_action(answer, info["legal_actions"], np.random.default_rng(args.seed))
-    print(f"--- prompt\n{build_prompt(info, args.prompt)}\n--- answer\n{answer}\n--- parsed\n"
-          f"thoughts: {answer[:at]!r}\naction:   {answer[at:]!r}\nplayed:   {action!r} (legal: {was_legal})")
+    start = action_start(answer)
+    rng = np.random.default_rng(args.seed)
+    action, was_legal = parse_action(answer, info["legal_actions"], rng)
+
+    print(f"--- prompt\n{build_prompt(info, args.prompt)}")
+    print(f"--- answer\n{answer}")
+    print("--- parsed")
+    print(f"thoughts: {answer[:start]!r}")
+    print(f"action:   {answer[start:]!r}")
+    print(f"played:   {action!r} (legal: {was_legal})")
 
 
 if __name__ == "__main__":

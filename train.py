@@ -1,21 +1,21 @@
-"""Fine-tune a vision-language model as a decision-making agent: SFT on demonstrations, then PPO on the task reward.
+"""Fine-tune a vision-language model as a decision-making agent: SFT, then PPO on the task's reward.
 
     python train.py --env blackjack --cot-scale 0.3
 
-1. SFT teaches the output format and the reading of pictures, from demonstrations whose perception is right
-   and whose actions are mediocre (`--demo-noise` of them are random).
-2. PPO: sample answers, parse and play their actions, estimate advantages, update LoRA and value head.
-3. Evaluate both policies on the same episodes, beside the random and the expert policy.
+1. SFT (supervised fine-tuning) teaches the output format and the reading of pictures. Its
+   demonstrations see right, but a share of their actions (`--demo-noise`) is random.
+2. PPO: sample answers, parse and play their actions, estimate advantages, update LoRA and value
+head. 3. Evaluation of both policies on the same episodes, beside the random and the expert policy.
 
-A run directory holds config.json, metrics.jsonl (one JSON object a line), sft/ and adapter/ (safetensors),
-value_head.safetensors and curve.png. `python eval.py --run DIR` evaluates it again.
+Read `sft`, `Collector.collect`, `reinforce` and `train`. They stand between the settings and the
+run directory. Letters in shapes: T steps, N environments.
+
+A run directory holds config.json, metrics.jsonl (one JSON object a line), sft/ and adapter/
+(safetensors), value_head.safetensors and curve.png. `python eval.py --run DIR` evaluates it again.
 """
 import argparse
 import atexit
-import gc
 import hashlib
-import inspect
-import itertools
 import json
 import math
 import os
@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +33,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -41,785 +41,1198 @@ from tqdm import tqdm
 
 import env
 import prompts
-from eval import evaluate, expert_agent, model_agent, random_agent, table
-from policy import CNNPolicy, VLMPolicy, load_model
-from ppo import Rollout, auto_cot_scale, gather, ppo_update, sum_gradients
+from eval import (
+    evaluate,
+    expert_agent,
+    model_agent,
+    natural_int,
+    number,
+    plot,
+    positive_int,
+    random_agent,
+    read_metrics,
+    summary,
+    sweep_table,
+    table,
+)
+from policy import build_policy, read_config
+from ppo import (
+    Rollout,
+    auto_cot_scale,
+    barrier,
+    broadcast,
+    from_first_process,
+    gather,
+    ppo_update,
+    rank,
+    sum_gradients,
+    total_over_processes,
+    world_size,
+)
 
-# Under torchrun, several processes train together: each plays its share of the environments and of the mini-batches.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-OWN_SEEDS = 100_003 * RANK  # a process adds it to the seed of all that it plays
-BEST_DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-RANDOM = [torch, torch.cuda] if torch.cuda.is_available() else [torch]  # whose random states checkpoints keep
+# -------------------------------------------------------------------------------------------------
+# Settings: one flag a line, with the default of the embedded model
 
-PUBLISHED = {"ezpoints": "50.0 %", "points24": "2.3 %", "alfworld": "21.7 %"}  # LLaVA-1.6-7B + RL, the paper's tables
-BOUNDS = {"blackjack": 0.4316, "points24": 0.7309}  # best possible success rates: computed, for an infinite deck
+BEST_DEVICE = "cpu"
+if torch.backends.mps.is_available():
+    BEST_DEVICE = "mps"
+if torch.cuda.is_available():
+    BEST_DEVICE = "cuda"
 
-# ---------------------------------------------------------------------------------------------------
-# Settings
+# The authors' settings, where they differ: the defaults for every other model (--preset paper)
+PAPER = dict(
+    device=BEST_DEVICE, cot_scale=0.5,
+    env_steps=15000, num_envs=16, temperature=0.2, max_new_tokens=256,
+    minibatch=128, microbatch=1, lr=1e-5, lr_end=1e-9, value_clip=0.1, max_grad_norm=0.01,
+    target_kl=0.0, kl_coef=0.0, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
+    sft_steps=1000, sft_batch=128, sft_lora=True, sft_lr=2e-5, demo_noise=0.5,
+)
 
-rate, positive, size = env.number(float, 0, 1), env.number(float, 1e-12), env.positive_int
-switch = argparse.BooleanOptionalAction
-# What a setting takes, its values in the presets paper (the authors') and tiny (the embedded model's), and what it is.
-SETTINGS = {
-    "what to train": {
-        "env": (str, None, None, f"the task, one of {', '.join(env.GAMES)}, or several with commas between them"),
-        "model": (str, "tiny", "tiny", "tiny (built in), a model of the hub, or a folder"),
-        "policy": (["vlm", "cnn"], "vlm", "vlm", "vlm, or cnn: the paper's baseline without language and without SFT"),
-        "prompt": (prompts.STYLES, "full", "full",
-                   "before the action: key-state fields and thoughts (full, the paper's), thoughts, nothing (action); "
-                   "vision is full, told by the picture, not by the text; chatty is full, with idle words"),
-        "obs": (["image", "marked", "text"], "image", "image",
-                "the picture; marked, with boxes and labels around what matters; or text in the prompt instead"),
-        "image_tiles": (["one", "anyres"], "one", "one", "of LLaVA-1.6, Idefics3: one, as in the paper, or all"),
-        "device": (["cuda", "mps", "cpu"], BEST_DEVICE, "cpu", "of the model; the embedded one is too small for a GPU"),
-        "dtype": (["bfloat16", "float32"], "bfloat16", "float32",
-                  "of the base weights, off cuda float32 if left out; adapter and value head are always float32"),
-        "alfworld": (["text", "thor"], "text", "text",
-                     "its engine: text, with drawings, or the simulator thor (ai2thor, a display, the data set)"),
-        "trust_remote_code": (switch, False, False, "run Python code that a model brings along"),
-        "quantize": (["4bit"], None, None, "base weights in 4 bits instead, with bitsandbytes on cuda"),
-        "cot_scale": (lambda text: text if text == "auto" else rate(text), 0.5, 0.3,
-                      "lambda in [0, 1]: weight of the thoughts' log-probability; auto: gives them half of the noise"),
-        "ratio": (["step", "token"], "step", "step", "one probability ratio a step, with lambda, or a token, without"),
-        "seed": (env.natural_int, 0, 0, "fixes the run"),
-        "eval_episodes": (size, 1000, 1000, "episodes of the evaluations at the end"),
-    },
-    "rollout": {
-        "env_steps": (size, 15000, 15360, "environment steps in all"),
-        "num_envs": (size, 16, 64, "environments played at a time"),
-        "rollout_steps": (size, 512, 512, "environment steps an update, over all environments"),
-        "temperature": (positive, 0.2, 0.5, "of sampling and of all log-probabilities"),
-        "max_new_tokens": (size, 256, 96, "longest answer"),
-    },
-    "PPO": {
-        "epochs": (size, 4, 4, "passes over a rollout"),
-        "minibatch": (size, 128, 64, "environment steps an optimiser step"),
-        "microbatch": (size, 1, 32, "environment steps a forward pass; smaller needs less memory"),
-        "lr": (positive, 1e-5, 3e-4, "learning rate at the start, cosine from there"),
-        "lr_end": (positive, 1e-9, 3e-5, "learning rate at the end"),
-        "adam_eps": (positive, 1e-7, 1e-7, "epsilon of Adam"),
-        "clip": (positive, 0.1, 0.1, "range of the probability ratio: 1 - clip to 1 + clip"),
-        "value_clip": (positive, 0.1, 1.0, "how far a value may move in an update, in units of return"),
-        "value_coef": (positive, 0.5, 0.5, "weight of the value loss"),
-        "max_grad_norm": (positive, 0.01, 0.5, "gradient clipping"),
-        "target_kl": (positive, None, 0.02, "end an update early past 1.5 times this approx_kl"),
-        "kl_coef": (env.number(float, 0), 0.0, 0.1, "weight of KL(p, p_SFT) of the thoughts: stay near SFT"),
-        "gamma": (rate, 0.9, 0.9, "discount"),
-        "gae_lambda": (rate, 0.95, 0.95, "lambda of generalised advantage estimation"),
-        "lora_rank": (size, 128, 16, "rank of the adapter"),
-        "lora_alpha": (size, 256, 32, "scale of the adapter, over its rank"),
-        "gradient_checkpointing": (switch, True, False, "keep no activations: less memory, a third more time"),
-    },
-    "SFT": {
-        "sft_steps": (size, 1000, 400, "optimiser steps"),
-        "sft_batch": (size, 128, 32, "demonstrations a step"),
-        "sft_lora": (switch, True, False, "train an adapter and merge it, instead of all weights"),
-        "sft_lr": (positive, 2e-5, 1e-3, "learning rate, cosine with 3 %% warm-up"),
-        "sft_restart": (rate, 0.0, 0.0, "share of episodes cut short a step, falling to 0: first states first"),
-        "demo_noise": (rate, 0.5, 0.75, "share of the demonstrated actions that are random"),
-    },
-}
-PRESETS = {kind: {name: row[column] for group in SETTINGS.values() for name, row in group.items() if name != "env"}
-           for column, kind in ((1, "paper"), (2, "tiny"))}
-TASK_PRESETS = {
+# What a task changes, for each preset
+TASK_SETTINGS = {
     ("tiny", "numberline"): dict(env_steps=6144),
-    ("tiny", "ezpoints"): dict(value_coef=0.01),  # returns up to 10: the squares must not drown the policy's gradient
+    # Returns of 10 make squared errors of 100: they must not drown the policy's gradient
+    ("tiny", "ezpoints"): dict(value_coef=0.01),
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
-    ("tiny", "points24"): dict(demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5, value_coef=0.01,
-                               value_clip=10.0, temperature=0.4),
-    ("tiny", "alfworld"): dict(demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0,
-                               temperature=0.8, eval_episodes=300),
+    ("tiny", "points24"): dict(
+        demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
+        value_coef=0.01, value_clip=10.0, temperature=0.4),
+    ("tiny", "alfworld"): dict(
+        demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0,
+        temperature=0.8, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
-    ("paper", "alfworld"): dict(cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
+    ("paper", "alfworld"): dict(
+        cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
-
-def complete(config):
-    """The dict `config`, with `env` and `preset`, and the defaults of all that it leaves out."""
-    defaults = PRESETS[config["preset"]] | TASK_PRESETS.get((config["preset"], config["env"]), {})
-    if config.get("device", defaults["device"]) != "cuda":
-        defaults["dtype"] = "float32"
-    if config.get("policy") == "cnn":
-        defaults["kl_coef"] = 0.0  # no SFT, nothing to stay near
-    return defaults | config
+fraction = number(float, 0, 1)
+positive = number(float, 1e-12)
+not_negative = number(float, 0)
 
 
-def read_config(directory, trust_remote_code=False):
-    """The configuration of the run in `directory`; whether to trust code is for the caller to say, not for a file.
+def cot_scale(text):
+    """A number in [0, 1], or auto."""
+    if text == "auto":
+        return text
+    return fraction(text)
 
-    Raises OSError, ValueError, KeyError or TypeError where there is none.
-    """
-    config = complete(json.loads((directory / "config.json").read_text()))
-    return argparse.Namespace(**config | {"trust_remote_code": trust_remote_code})
+
+def setting(group, flag, default, help, **kwargs):
+    """Add a flag; its help names the default, and the paper's value where it differs."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in PAPER and PAPER[name] != default:
+        help += f" [{default}; paper: {PAPER[name]}]"
+    elif default is not None:
+        help += f" [{default}]"
+    group.add_argument(flag, default=default, help=help, **kwargs)
 
 
 def make_parser():
-    parser = env.Parser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,  # absent if not given
-                        usage="%(prog)s --env ENV [--cot-scale LAMBDA] [other flags]")
-    groups = {title: parser.add_argument_group(title) for title in SETTINGS}
-    for title, settings in SETTINGS.items():
-        for name, (takes, paper, tiny, help) in settings.items():
-            kind = "action" if takes is switch else "type" if callable(takes) else "choices"
-            default = f" [paper {paper}, tiny {tiny}]" if paper != tiny else f" [{tiny}]" if tiny is not None else ""
-            groups[title].add_argument(f"--{name.replace('_', '-')}", help=help + default, **{kind: takes})
-    add = groups["what to train"].add_argument
-    add("--preset", choices=PRESETS, help="settings behind the flags left out [tiny for --model tiny, else paper]")
+    """All flags. A flag that is left out has the default of its preset and task, see
+    `configure`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Example: python train.py --env blackjack --cot-scale 0.3",
+        usage=argparse.SUPPRESS)  # without a usage text an error is one line
+    switch = dict(action=argparse.BooleanOptionalAction)
+
+    task = parser.add_argument_group("what to train")
+    setting(task, "--env", None, f"one of {', '.join(env.GAMES)}, or several with commas")
+    setting(task, "--model", "tiny", "tiny (built in), a model of the hub, or a folder")
+    setting(task, "--policy", "vlm", "cnn: the paper's baseline without language",
+            choices=["vlm", "cnn"])
+    setting(task, "--cot-scale", 0.3, "lambda in [0, 1], the weight of the thoughts' "
+            "log-probability; auto: thoughts and action get equal noise", type=cot_scale)
+    setting(task, "--ratio", "step", "one probability ratio a step, with lambda, or one a token, "
+            "without", choices=["step", "token"])
+    setting(task, "--prompt", "full", "before the action: key-state fields and thoughts (full, "
+            "the paper's), thoughts, or nothing (action); vision: full, but the text does not "
+            "tell the state; chatty: full, with idle words", choices=prompts.STYLES)
+    setting(task, "--obs", "image", "the picture; marked: with boxes around what matters; "
+            "text: words in the prompt instead", choices=["image", "marked", "text"])
+    setting(task, "--seed", 0, "fixes the run", type=natural_int)
+    setting(task, "--eval-episodes", 1000, "episodes of each evaluation", type=positive_int)
+
+    model = parser.add_argument_group("the model")
+    setting(model, "--device", "cpu", "of the model", choices=["cuda", "mps", "cpu"])
+    setting(model, "--dtype", None, "of the base weights; adapter and value head are float32 "
+            "[bfloat16 for other models on cuda, else float32]", choices=["bfloat16", "float32"])
+    setting(model, "--quantize", None, "base weights in 4 bits, with bitsandbytes on cuda",
+            choices=["4bit"])
+    setting(model, "--image-tiles", "one", "of LLaVA-1.6 and Idefics3: one, as in the paper, "
+            "or all", choices=["one", "anyres"])
+    setting(model, "--alfworld", "text", "its engine: text, with drawings, or the simulator thor",
+            choices=["text", "thor"])
+    setting(model, "--trust-remote-code", False, "run Python code of the model", **switch)
+
+    rollout = parser.add_argument_group("rollout")
+    setting(rollout, "--env-steps", 15360, "environment steps in all", type=positive_int)
+    setting(rollout, "--num-envs", 64, "environments played at a time", type=positive_int)
+    setting(rollout, "--rollout-steps", 512, "environment steps an update, over all environments",
+            type=positive_int)
+    setting(rollout, "--temperature", 0.5, "of sampling and all log-probabilities", type=positive)
+    setting(rollout, "--max-new-tokens", 96, "the longest answer", type=positive_int)
+
+    ppo = parser.add_argument_group("PPO")
+    setting(ppo, "--epochs", 4, "passes over a rollout", type=positive_int)
+    setting(ppo, "--minibatch", 64, "environment steps of one optimiser step", type=positive_int)
+    setting(ppo, "--microbatch", 32, "environment steps of one forward pass", type=positive_int)
+    setting(ppo, "--lr", 3e-4, "learning rate at the start, cosine from there", type=positive)
+    setting(ppo, "--lr-end", 3e-5, "learning rate at the end", type=not_negative)
+    setting(ppo, "--adam-eps", 1e-7, "epsilon of Adam", type=positive)
+    setting(ppo, "--clip", 0.1, "range of the ratio: 1 - clip to 1 + clip", type=positive)
+    setting(ppo, "--value-clip", 1.0, "how far a value may move in an update", type=positive)
+    setting(ppo, "--value-coef", 0.5, "weight of the value loss; 0: off", type=not_negative)
+    setting(ppo, "--max-grad-norm", 0.5, "gradient clipping; 0: off", type=not_negative)
+    setting(ppo, "--target-kl", 0.02, "end an update past 1.5 times this approx_kl; 0: off",
+            type=not_negative)
+    setting(ppo, "--kl-coef", 0.1, "weight of KL(p, p_SFT) of the thoughts; 0: off",
+            type=not_negative)
+    setting(ppo, "--gamma", 0.9, "discount", type=fraction)
+    setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)
+    setting(ppo, "--lora-rank", 16, "rank of the adapter", type=positive_int)
+    setting(ppo, "--lora-alpha", 32, "scale of the adapter, over its rank", type=positive_int)
+    setting(ppo, "--gradient-checkpointing", False, "less memory, a third more time", **switch)
+
+    sft = parser.add_argument_group("SFT")
+    setting(sft, "--sft-steps", 400, "steps of the optimiser; 0: off", type=natural_int)
+    setting(sft, "--sft-batch", 32, "demonstrations a step", type=positive_int)
+    setting(sft, "--sft-lora", False, "train and merge an adapter, not all weights", **switch)
+    setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
+    setting(sft, "--sft-restart", 0.0, "share of episodes that begin anew at each step, falling "
+            "to 0: first states first", type=fraction)
+    setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
+
+    run = parser.add_argument_group("the run")
+    add = run.add_argument
+    add("--preset", choices=["tiny", "paper"], help="defaults [tiny for --model tiny, else paper]")
     add("--out", type=Path, help="run directory [a new one under runs/]")
-    add("--resume", type=Path, metavar="DIR", help="go on with the run in this directory, exactly; needs no other flag")
-    add("--track", choices=["tensorboard", "wandb"], help="send the metrics to TensorBoard or Weights & Biases as well")
+    add("--resume", type=Path, metavar="DIR", help="go on with this run; needs no other flag")
+    add("--track", choices=["tensorboard", "wandb"], help="send the metrics there as well")
     add("--sweep", nargs="+", metavar="FLAG=V,V",
-        help="an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 ratio=token), for every "
-             "one of --seeds; writes table.md, table.json and curves.png into --out")
+        help="an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 "
+             "ratio=token), for every one of --seeds; writes table.md and curves.png into --out")
     add("--seeds", metavar="S,S", help="of --sweep [0]")
     add("--quick", action="store_true", help="--sweep at a size that shows only whether it works")
     return parser
 
 
-def parse_args(argv=None):
-    """(parser, configuration, run directory); the configuration of a run that goes on is its own."""
-    parser = make_parser()
-    given = vars(parser.parse_args(argv))
-    if directory := given.pop("resume", None):
-        try:
-            config = read_config(directory, given.pop("trust_remote_code", False))
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"{directory} holds no run (no config.json that can be read)")
-        for name, value in given.items():
-            kept = (vars(config) | {"out": directory}).get(name)
-            if value != kept:
-                parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept}: leave it out, "
-                             "or begin a new run")
-        return parser, config, directory
-    out, axes, seeds, quick = (given.pop(name, None) for name in ("out", "sweep", "seeds", "quick"))
-    if (seeds or quick) and not axes:
-        parser.error("--seeds and --quick belong to --sweep; one run has one --seed")
-    if not set(given.get("env", "").split(",")) <= set(env.GAMES):
-        parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
-    preset = given.get("preset", "tiny" if given.get("model", "tiny") == "tiny" else "paper")
-    config = argparse.Namespace(**complete({"preset": preset} | given))
-    if config.policy == "cnn" and config.env not in prompts.CARD_TASKS:
-        parser.error(f"--policy cnn has one fixed list of actions: --env is one of {', '.join(prompts.CARD_TASKS)}")
-    if config.device != "cpu" and not getattr(torch, config.device).is_available():
-        parser.error(f"--device {config.device} is not there, or this build of PyTorch cannot use it")
-    if config.quantize and (config.device != "cuda" or config.model == "tiny" or not find_spec("bitsandbytes")):
-        parser.error("--quantize 4bit is for large models on --device cuda, and needs pip install bitsandbytes")
-    if config.dtype == "bfloat16" and not config.sft_lora and config.policy == "vlm":
-        parser.error("--dtype bfloat16 needs --sft-lora: steps of SFT are smaller than what its weights are rounded to")
-    if config.rollout_steps % config.num_envs:
-        parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of --num-envs {config.num_envs}")
-    if config.env_steps < config.rollout_steps:
-        parser.error(f"--env-steps {config.env_steps} is less than one rollout, --rollout-steps {config.rollout_steps}")
-    for name in ("num_envs", "minibatch", "sft_batch"):
-        if getattr(config, name) % RANKS:
-            parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split over {RANKS} processes")
-    out = out or Path("runs") / f"{config.env.replace(',', '+')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (out / "config.json").exists():
-        parser.error(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
-    return parser, config, out
-
-
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Stage 1: supervised fine-tuning
 
 
-def cosine(step, steps, start, end):
-    """Learning rate at `step` of `steps` on a half cosine from `start` to `end`."""
-    return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
 def sft(policy, config, run):
-    """Train on demonstrations: maximise log p(v_out | o, v_in), averaged over tokens; from `run`'s checkpoint on."""
-    n, rng, start = config.sft_batch // RANKS, np.random.default_rng(config.seed + OWN_SEEDS), 0
-    games = env.Games(config.env, n, config.seed + OWN_SEEDS, config.obs)
+    """Imitate demonstrations: maximise log p(v_out | o, v_in), averaged over tokens.
+
+    Goes on from the checkpoint of `run`, if there is one.
+    """
+    num_envs = config.sft_batch // world_size()
+    games = env.Games(config.env, num_envs, process_seed(config), config.obs)
+    rng = np.random.default_rng(process_seed(config))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
-    policy.temperature = 1.0  # likelihood as it is; only sampling is sharpened
-    if state := run.restore("sft", policy, optimizer):
-        start, rng.bit_generator.state = state["step"], state["rng"]
+    policy.temperature = 1.0  # the likelihood as it is; only sampling is sharpened
+
+    first_step = 0
+    state = run.restore("sft", policy, optimizer)
+    if state is not None:
+        first_step = state["step"]
+        rng.bit_generator.state = state["rng"]
         games.restore(state["games"])
-    steps, hidden = config.sft_steps, RANK > 0 or None  # None: hidden where there is no terminal
-    for step in (bar := tqdm(range(start, steps), "SFT", steps, initial=start, unit="step", disable=hidden)):
-        lr = min(1.0, (step + 1) / (0.03 * steps)) * cosine(step, steps, config.sft_lr, 0)  # 3 % warm-up
-        optimizer.param_groups[0]["lr"] = lr
-        infos, noisy = games.infos, rng.random(n) < config.demo_noise
-        actions = [str(rng.choice(info["legal_actions"])) if noise else env.expert_action(info)
-                   for noise, info in zip(noisy, infos)]
-        answers = policy.demonstrate(games.images, [prompts.build_prompt(info, config.prompt) for info in infos],
-                                     [prompts.demonstration(*pair, config.prompt) for pair in zip(infos, actions)])
-        # Summed over all processes, and so all of them checkpoint at the same step, whichever the signal came to.
-        tokens, stop = np.sum(gather((sum(len(answer.tokens) for answer in answers), run.signal)), 0).tolist()
+
+    progress = progress_bar("SFT", config.sft_steps, first_step)
+    for step in range(first_step, config.sft_steps):
+        # 1. Write demonstrations: right fields and thoughts, but some actions are random
+        infos = games.infos
+        is_random = rng.random(num_envs) < config.demo_noise                   # (N,)
+        actions = []
+        for info, random in zip(infos, is_random):
+            if random:
+                actions.append(str(rng.choice(info["legal_actions"])))
+            else:
+                actions.append(env.expert_action(info))
+        questions = [prompts.build_prompt(info, config.prompt) for info in infos]
+        texts = []
+        for info, action in zip(infos, actions):
+            texts.append(prompts.demonstration(info, action, config.prompt))
+        answers = policy.demonstrate(games.images, questions, texts)
+
+        # 2. Add up the gradient of the mean over the tokens of all processes
+        num_tokens = sum(len(answer.tokens) for answer in answers)
+        num_tokens, stop_signals = total_over_processes([num_tokens, run.signal])
         loss = 0.0
-        for i in range(0, n, config.microbatch):
+        for i in range(0, num_envs, config.microbatch):
             scores = policy.evaluate(answers[i: i + config.microbatch])
-            part = -(scores.logp_cot + scores.logp_action).sum() / tokens
-            part.backward()
-            loss += part.item()
+            piece_loss = -(scores.logp_cot + scores.logp_action).sum() / num_tokens
+            piece_loss.backward()
+            loss += piece_loss.item()
         sum_gradients(parameters)
-        if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+
+        # 3. Take a step of the optimiser, with 3 % warm-up
+        warm_up = min(1.0, (step + 1) / (0.03 * config.sft_steps))
+        lr = warm_up * cosine(step, config.sft_steps, config.sft_lr, 0)
+        optimizer.param_groups[0]["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not grad_norm.isfinite():
             raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # Of the slips only a quarter is played: where a game is lost, nothing is left to learn.
-        moves = [action if slip else env.expert_action(info)
-                 for slip, action, info in zip(rng.random(n) < 0.25, actions, infos)]
-        games.step(moves, restart=rng.random(n) < config.sft_restart * (1 - step / steps))  # first states first
+
+        # 4. Play on. A lost game teaches nothing more, so only a quarter of the random actions is
+        # played.
+        plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
+        for i, info in enumerate(infos):
+            if not plays_demonstration[i]:
+                actions[i] = env.expert_action(info)
+        restart_share = config.sft_restart * (1 - step / config.sft_steps)
+        games.step(actions, restart=rng.random(num_envs) < restart_share)
+
+        # 5. Report, and save what a later process needs to go on
         done = step + 1
-        if done % 50 == 0 or done == steps:
-            loss = sum(gather(loss))
-            bar.set_postfix(loss=f"{loss:.3f}")
+        progress.update()
+        if done % 50 == 0 or done == config.sft_steps:
+            loss = total_over_processes([loss])[0]
+            progress.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
-        if done % 100 == 0 or done == steps or stop:
-            run.checkpoint("sft", done, policy, optimizer,
-                           step=done, rng=rng.bit_generator.state, games=games.snapshot())
+        if done % 100 == 0 or done == config.sft_steps or stop_signals:
+            run.checkpoint(
+                "sft", done, policy, optimizer,
+                step=done, rng=rng.bit_generator.state, games=games.snapshot())
+
+    progress.close()
     policy.temperature = config.temperature
 
 
-# ---------------------------------------------------------------------------------------------------
+def cosine(step, num_steps, start, end):
+    """Learning rate at `step` of `num_steps`, on a half cosine from `start` to `end`."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+# -------------------------------------------------------------------------------------------------
 # Stage 2: reinforcement learning
 
 
 class Collector:
-    """Plays the policy in `num_envs` environments, which go on from one rollout to the next."""
+    """Plays the policy in N environments, which go on from one rollout to the next."""
 
     def __init__(self, policy, config):
-        self.policy, self.config, self.n = policy, config, config.num_envs // RANKS
-        self.rng = np.random.default_rng(config.seed + OWN_SEEDS)
-        self.games = env.Games(config.env, self.n, 1000 + config.seed * config.num_envs + RANK * self.n, config.obs)
-        self.returns = np.zeros(self.n)  # so far, of the episodes in play
+        self.policy = policy
+        self.config = config
+        self.num_envs = config.num_envs // world_size()
+        first_seed = 1000 + config.seed * config.num_envs + rank() * self.num_envs
+        self.games = env.Games(config.env, self.num_envs, first_seed, config.obs)
+        self.rng = np.random.default_rng(process_seed(config))  # for answers without a legal action
+        self.episode_returns = np.zeros(self.num_envs)          # (N,), of the episodes in play
 
-    def collect(self, bar):
-        """One `Rollout` of rollout_steps, and its statistics: episodes, success_rate, mean_return, illegal_rate."""
-        config, answers, rows, episodes, illegal = self.config, [], [], [], 0
-        for _ in range(config.rollout_steps // config.num_envs):
-            # o and v_in -> v_out -> a = f(v_out), then the games' answer
+    def collect(self, progress):
+        """Play `rollout_steps` environment steps; returns (`Rollout`, statistics as a dict)."""
+        answers = []         # T * N, step after step
+        rewards = []         # T arrays (N,), as the next three
+        terminated = []
+        truncated = []
+        final_values = []    # V of the last picture of a truncated episode, else 0
+        episodes = []        # (success, return) of each episode that ended
+        num_illegal = 0
+        for _ in range(self.config.rollout_steps // self.config.num_envs):
+            # 1. See: the pictures o and the prompts v_in
             infos = self.games.infos
-            batch = self.policy.act(self.games.images, [prompts.build_prompt(info, config.prompt) for info in infos])
-            parsed = [prompts.parse_action(answer.text, info["legal_actions"], self.rng)
-                      for answer, info in zip(batch, infos)]
-            step = self.games.step([action for action, _ in parsed])
-            slips = np.array([not was_legal for _, was_legal in parsed])
-            rewards = step["rewards"] - slips * [env.GAMES[info["env"]].illegal_penalty for info in infos]
-            # An episode that is cut off would have gone on: V of its last state, which the next episode has replaced.
-            next_values, cut = np.zeros(self.n), np.flatnonzero(step["truncated"] & ~step["terminated"])
-            if len(cut):
-                pictures = np.stack([step["last_images"][i] for i in cut])
-                next_values[cut] = self.values(pictures, [step["infos"][i] for i in cut])
-            answers += batch
-            rows.append((next_values, rewards, step["terminated"], step["truncated"]))
-            illegal, self.returns = illegal + slips.sum(), self.returns + rewards
+            questions = self.build_prompts(infos)
+
+            # 2. Think and write: the answers v_out, with log-probabilities and values
+            new_answers = self.policy.act(self.games.images, questions)
+
+            # 3. Parse: the actions a = f(v_out)
+            actions = []
+            penalties = np.zeros(self.num_envs)                                # (N,)
+            for i, info in enumerate(infos):
+                action, was_legal = prompts.parse_action(
+                    new_answers[i].text, info["legal_actions"], self.rng)
+                actions.append(action)
+                if not was_legal:  # some tasks punish it
+                    penalties[i] = env.GAMES[info["env"]].illegal_penalty
+                    num_illegal += 1
+
+            # 4. Play
+            step = self.games.step(actions)
+            reward = step["rewards"] - penalties                               # (N,)
+
+            # 5. Keep what the update needs
+            answers += new_answers
+            rewards.append(reward)
+            terminated.append(step["terminated"])
+            truncated.append(step["truncated"])
+            final_values.append(self.final_values(step))
+
+            # 6. Count the episodes that ended
+            self.episode_returns += reward
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
-                episodes.append((step["infos"][i]["success"], self.returns[i]))
-                self.returns[i] = 0
-            bar.update(config.num_envs)
+                episodes.append((step["infos"][i]["success"], self.episode_returns[i]))
+                self.episode_returns[i] = 0
+            progress.update(self.config.num_envs)
             if episodes:
-                bar.set_postfix(success=f"{np.mean(episodes, 0)[0]:.1%}")
-        if config.dtype == "bfloat16" and config.policy == "vlm":
-            self.policy.rescore(answers, config.microbatch)
-        scores = torch.tensor([[a.logp_cot, a.logp_action, a.value] for a in answers]).T.reshape(3, -1, self.n)
-        next_values, rewards, *ends = (torch.tensor(np.array(column)) for column in zip(*rows))  # each (T, N)
-        rollout = Rollout(answers, *scores, next_values.float(), rewards.float(), *ends)
-        following = torch.cat([rollout.values[1:], self.values(self.games.images, self.games.infos)[None]])
-        rollout.next_values = torch.where(rollout.truncated, rollout.next_values, following)
-        if config.ratio == "token":
-            rollout.logps = pad_sequence([a.logps.float() for a in answers], True).unflatten(0, rollout.values.shape)
-        if config.kl_coef:
-            # Under the SFT policy: the same weights with the adapter off, no second model.
-            with self.policy.model.disable_adapter():
-                parts = [scores.logp_cot.cpu() for _, scores in self.policy.score(answers, config.microbatch)]
-            rollout.sft_logp_cot = torch.cat(parts).reshape(rollout.values.shape)
-        totals = gather([len(episodes), *np.reshape(episodes, (-1, 2)).sum(0), illegal])
-        count, success, total, illegal = torch.tensor(totals, dtype=torch.float64).sum(0)
-        return rollout, {"episodes": int(count), "success_rate": (success / count).item(),
-                         "mean_return": (total / count).item(), "illegal_rate": illegal.item() / config.rollout_steps}
+                progress.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
+
+        if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
+            self.policy.rescore(answers, self.config.microbatch)
+        values = self.grid([answer.value for answer in answers])               # (T, N)
+        truncated = torch.tensor(np.array(truncated))                          # (T, N)
+        final_values = torch.tensor(np.array(final_values)).float()            # (T, N)
+
+        # V of the state that each step led to: that of the next step. Where a time limit cut the
+        # episode off, the next step is of another episode: there it is V of the last picture.
+        values_at_end = self.values(self.games.images, self.games.infos)       # (N,)
+        next_values = torch.cat([values[1:], values_at_end[None]])             # (T, N)
+        next_values = torch.where(truncated, final_values, next_values)
+
+        rollout = Rollout(
+            answers=answers,
+            logp_cot=self.grid([answer.logp_cot for answer in answers]),
+            logp_action=self.grid([answer.logp_action for answer in answers]),
+            values=values,
+            next_values=next_values,
+            rewards=torch.tensor(np.array(rewards)).float(),
+            terminated=torch.tensor(np.array(terminated)),
+            truncated=truncated,
+        )
+        self.add_variants(rollout)
+        return rollout, self.statistics(episodes, num_illegal)
+
+    def final_values(self, step):
+        """V (N,) of the last pictures of episodes that the time limit ended in this step; else 0.
+
+        Such an episode did not really end, and its game has begun anew already.
+        """
+        values = np.zeros(self.num_envs)                                       # (N,)
+        ended = np.flatnonzero(step["truncated"] & ~step["terminated"])
+        if len(ended):
+            last_images = np.stack([step["last_images"][i] for i in ended])
+            values[ended] = self.values(last_images, [step["infos"][i] for i in ended])
+        return values
 
     def values(self, images, infos):
-        return self.policy.value(images, [prompts.build_prompt(info, self.config.prompt) for info in infos]).cpu()
+        """V of states as a tensor, one for each picture."""
+        return self.policy.value(images, self.build_prompts(infos)).cpu()
+
+    def build_prompts(self, infos):
+        return [prompts.build_prompt(info, self.config.prompt) for info in infos]
+
+    def grid(self, numbers):
+        """T * N numbers, step after step, as a float32 tensor (T, N)."""
+        return torch.tensor(numbers).reshape(-1, self.num_envs)
+
+    def add_variants(self, rollout):
+        """Add what only variants of the method need: see `ppo.variant_losses`."""
+        if self.config.ratio == "token":
+            logps = [answer.token_logps.float() for answer in rollout.answers]
+            padded = pad_sequence(logps, batch_first=True)                     # (T * N, L)
+            rollout.token_logps = padded.unflatten(0, rollout.values.shape)
+
+        if self.config.kl_coef:
+            # The SFT policy is the same network with its adapter off: no second model is needed
+            logp_cot = []
+            with torch.no_grad(), self.policy.model.disable_adapter():
+                for i in range(0, len(rollout.answers), self.config.microbatch):
+                    scores = self.policy.evaluate(rollout.answers[i: i + self.config.microbatch])
+                    logp_cot.append(scores.logp_cot.cpu())
+            rollout.sft_logp_cot = torch.cat(logp_cot).reshape(rollout.values.shape)
+
+    def statistics(self, episodes, num_illegal):
+        """Of a rollout, over all processes: episodes, success_rate, mean_return, illegal_rate."""
+        successes = sum(success for success, _ in episodes)
+        returns = sum(episode_return for _, episode_return in episodes)
+        count, successes, returns, num_illegal = total_over_processes(
+            [len(episodes), successes, returns, num_illegal])
+        if count == 0:  # no episode ended
+            success_rate = math.nan
+            mean_return = math.nan
+        else:
+            success_rate = successes / count
+            mean_return = returns / count
+        return {
+            "episodes": count,
+            "success_rate": success_rate,
+            "mean_return": mean_return,
+            "illegal_rate": num_illegal / self.config.rollout_steps,
+        }
+
+    def state(self):
+        """What a checkpoint keeps, as a dict that JSON holds."""
+        return {"returns": self.episode_returns.tolist(), "rng": self.rng.bit_generator.state,
+                "games": self.games.snapshot()}
+
+    def restore(self, state):
+        self.episode_returns = np.array(state["returns"])
+        self.rng.bit_generator.state = state["rng"]
+        self.games.restore(state["games"])
 
 
 def reinforce(policy, config, run):
-    """PPO on the task reward, from the SFT policy on or from `run`'s checkpoint."""
+    """PPO on the task's reward, from the SFT policy on or from the checkpoint of `run`."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    for p in trainable if RANKS > 1 else ():
-        dist.broadcast(p.data, src=0)  # every process begins with the adapter and value head of the first
+    broadcast([p.data for p in trainable])  # all processes begin with the first one's adapter
     optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps, fused=True)
-    collector, first = Collector(policy, config), 0
-    if state := run.restore("rl", policy, optimizer):
-        first, collector.returns = state["update"], np.array(state["returns"])
-        collector.rng.bit_generator.state = state["rng"]
-        collector.games.restore(state["games"])
+    collector = Collector(policy, config)
+
+    first_update = 0
+    state = run.restore("rl", policy, optimizer)
+    if state is not None:
+        first_update = state["update"]
+        collector.restore(state)
 
     def checkpoint(update):
-        run.checkpoint("rl", config.sft_steps + 1 + update, policy, optimizer, update=update,
-                       returns=collector.returns.tolist(), rng=collector.rng.bit_generator.state,
-                       games=collector.games.snapshot())
+        index = config.sft_steps + 1 + update
+        run.checkpoint("rl", index, policy, optimizer, update=update, **collector.state())
 
-    if not first:
+    if first_update == 0:
         checkpoint(0)
-    steps, updates, began = config.rollout_steps, config.env_steps // config.rollout_steps, time.time()
-    with tqdm(desc="PPO", total=updates * steps, initial=first * steps, unit="step", disable=RANK > 0 or None) as bar:
-        for update in range(first, updates):
-            lr = optimizer.param_groups[0]["lr"] = cosine(update, updates, config.lr, config.lr_end)
-            rollout, stats = collector.collect(bar)
-            if update == 0 and config.policy == "vlm":
-                policy.standardise(rollout.answers, config.microbatch)
-                for x in policy.value_head.buffers() if RANKS > 1 else ():
-                    dist.broadcast(x, src=0)
-            collected, cot_scale = time.time(), config.cot_scale
-            if cot_scale == "auto":
-                cot_scale = auto_cot_scale([a.logps for a in rollout.answers], [a.action_at for a in rollout.answers])
-            stats |= ppo_update(
-                policy, optimizer, rollout, cot_scale=cot_scale, gamma=config.gamma, gae_lambda=config.gae_lambda,
-                clip=config.clip, value_clip=config.value_clip, epochs=config.epochs, minibatch=config.minibatch,
-                microbatch=config.microbatch, value_coef=config.value_coef, max_grad_norm=config.max_grad_norm,
-                target_kl=config.target_kl, kl_coef=config.kl_coef)
-            run.log(stage="rl", env_steps=(update + 1) * steps, **stats, cot_scale=cot_scale, lr=lr,
-                    logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
-                    update_seconds=round(time.time() - collected, 2))
-            say("{:6} steps  success {success_rate:6.1%}  return {mean_return:+6.2f}  illegal {illegal_rate:5.1%}  "
-                "kl {approx_kl:.4f}  clipped {clipfrac:5.1%}  explained {explained_variance:+.2f}  {:4.0f} s".format(
-                    (update + 1) * steps, time.time() - began, **stats))
-            checkpoint(update + 1)
+    num_updates = config.env_steps // config.rollout_steps
+    began = time.time()
+    progress = progress_bar(
+        "PPO", num_updates * config.rollout_steps, first_update * config.rollout_steps)
+    for update in range(first_update, num_updates):
+        # 1. Play
+        rollout, stats = collector.collect(progress)
+        if update == 0 and config.policy == "vlm":
+            policy.standardise(rollout.answers, config.microbatch)
+            broadcast(policy.value_head.buffers())
+        collected = time.time()
+
+        # 2. Learn
+        lambda_ = config.cot_scale
+        if lambda_ == "auto":
+            lambda_ = auto_cot_scale(
+                [answer.token_logps for answer in rollout.answers],
+                [answer.num_cot_tokens for answer in rollout.answers])
+        lr = cosine(update, num_updates, config.lr, config.lr_end)
+        optimizer.param_groups[0]["lr"] = lr
+        stats |= ppo_update(policy, optimizer, rollout, lambda_, config)
+
+        # 3. Report and save
+        env_steps = (update + 1) * config.rollout_steps
+        run.log(
+            stage="rl", env_steps=env_steps, **stats, cot_scale=lambda_, lr=lr,
+            logp_cot=rollout.logp_cot.mean().item(), logp_action=rollout.logp_action.mean().item(),
+            update_seconds=round(time.time() - collected, 2))
+        say(progress_line(env_steps, stats, time.time() - began))
+        checkpoint(update + 1)
+    progress.close()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Runs on disk
+# -------------------------------------------------------------------------------------------------
+# The story of a run
 
 
-class Refused(Exception):
-    """What a user can mend, said in one line; any other exception is a bug and keeps its traceback."""
+def train(policy, config, run, weights=None):
+    """The three stages. Every result is a line of metrics.jsonl.
 
-
-class Run:
-    """A run directory: metrics, checkpoints, one process at a time. Use it as a context manager.
-
-    A checkpoint is one safetensors file: trainable weights and Adam's moments, and in the header, as JSON,
-    all the rest. It is written aside, synced and renamed, and its name ends in the SHA-256 of its content: what
-    bears such a name is whole, or is found not to be. The last two are kept. Nothing is ever pickled.
+    weights: the folder of the SFT weights that `policy` has already, if any. Returns the
+    evaluations, task -> name of a policy -> row of metrics.jsonl (None in all processes but the
+    first).
     """
-    pattern = "checkpoint-*.safetensors"  # of its checkpoints' names: a number that grows, then the digest
-
-    def __init__(self, out, config):
-        """Lock the directory, find its newest whole checkpoint. Raises OSError, or Timeout where it is taken."""
-        self.out, self.signal, self.began, self.rows = out, 0, time.time(), []
-        found = [None, {"stage": None, "metrics": 0}]  # the checkpoint's file and state
-        if RANK == 0:  # the others write nothing
-            out.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
-            self.lock.acquire(timeout=0)
-            for file in sorted(out.glob(self.pattern), reverse=True):
-                if hashlib.sha256(file.read_bytes()).hexdigest()[:16] == file.stem.split("-")[-1]:
-                    with safe_open(file, "pt") as header:
-                        found = [file, json.loads(header.metadata()["state"])]
-                    break
-                print(f"{file} is damaged: kept as {file.name}.broken, trying the one before", file=sys.stderr)
-                file.rename(f"{file}.broken")
-            (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
-            (out / "config.tmp").replace(out / "config.json")
-            self.track = tracker(config, out)
-            self.metrics = open(out / "metrics.jsonl", "ab", buffering=0)
-            self.metrics.truncate(found[1]["metrics"])  # what came after the checkpoint will come again
-            self.metrics.seek(0, os.SEEK_END)  # truncating leaves `tell` where it was
-            self.rows = read_metrics(out)
-            self.began -= self.rows[-1]["seconds"] if self.rows else 0
-        self.file, self.state = gather(found)[0]
-
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if RANK:
-            return
-        (self.out / "checkpoint.tmp").unlink(missing_ok=True)  # half a checkpoint, where the disk was full
-        self.metrics.close()
-        self.lock.release()
-        if kind:  # stopped, by a signal or an error
-            program = "python" if RANKS == 1 else "torchrun ..."
-            print(f"go on with: {program} train.py --resume {self.out}", file=sys.stderr)
-
-    def _on_signal(self, number, frame):
-        if self.signal:
-            raise SystemExit(128 + number)
-        self.signal = number
-        print("\nstopping at the next checkpoint (once more: at once)", file=sys.stderr)
-
-    def log(self, **row):
-        """Add a line to metrics.jsonl."""
-        if RANK == 0:
-            row["seconds"] = round(time.time() - self.began, 2)
-            self.rows.append({key: None if value != value else round(value, 6) if isinstance(value, float) else value
-                              for key, value in row.items()})  # JSON has no NaN
-            self.metrics.write(json.dumps(self.rows[-1]).encode() + b"\n")
-            self.track({f"{row.get('policy', row['stage'])}/{key}": value for key, value in self.rows[-1].items()
-                        if isinstance(value, (int, float))}, row.get("env_steps", row.get("step", 0)))
-
-    def checkpoint(self, stage, index, policy, optimizer, **state):
-        """Save all that `restore` needs, under a number `index` that grows; stops the run if a signal asked for it."""
-        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-        tensors = {f"policy.{name}": x for name, x in policy.state_dict().items()
-                   if name in trained or "value_head" in name}
-        for i, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": x for key, x in moments.items()}
-        state["torch_rng"] = [source.get_rng_state().tolist() for source in RANDOM]
-        everyone = gather((self.signal, state))
-        if RANK == 0:
-            header = {"stage": stage, "metrics": self.metrics.tell(), "ranks": [state for _, state in everyone]}
-            content, scratch = serialize(tensors, {"state": json.dumps(header)}), self.out / "checkpoint.tmp"
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            name = f"checkpoint-{index:07}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-            scratch.rename(self.out / name)
-            for old in sorted(self.out.glob(self.pattern))[:-2]:
-                old.unlink()
-        if stop := max(signal for signal, _ in everyone):
-            raise SystemExit(128 + stop)
-
-    def restore(self, stage, policy, optimizer):
-        """Load the checkpoint that was found and return what `checkpoint` was given; None if it is of another stage."""
-        if self.state["stage"] != stage:
-            return None
-        if len(self.state["ranks"]) != RANKS:
-            raise Refused(f"the run had {len(self.state['ranks'])} processes, not {RANKS}")
-        state, tensors, moments = self.state["ranks"][RANK], load_file(self.file), {}
-        if len(state.get("torch_rng", ())) != len(RANDOM):
-            raise Refused(f"{self.file} is of another version of this code, or of a machine with other devices")
-        for key in [key for key in tensors if key.startswith("optimizer.")]:
-            _, i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = tensors.pop(key)
-        policy.load_state_dict({key.removeprefix("policy."): x for key, x in tensors.items()}, strict=False)
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        for source, kept in zip(RANDOM, state["torch_rng"]):
-            source.set_rng_state(torch.tensor(kept, dtype=torch.uint8))
-        return state
-
-
-def read_metrics(directory):
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def tracker(config, out):
-    """A function that sends numbers, a dict, of a step to where --track says."""
-    kind = getattr(config, "track", None)
-    if kind and not find_spec(kind):
-        raise Refused(f"--track {kind} needs a package: pip install {kind}")
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out)
-        return lambda numbers, step: [board.add_scalar(name, value, step) for name, value in numbers.items()]
-    if kind == "wandb":
-        import wandb
-        board = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
-        return lambda numbers, step: board.log(numbers | {"env_steps": step})
-    return lambda numbers, step: None
-
-
-def sft_cache(config, out):
-    """Where its SFT weights are kept: the name is a digest of every setting and line of code that they depend on."""
-    names = ["env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize", "alfworld"]
-    names += [*SETTINGS["SFT"], *(("lora_rank", "lora_alpha") if config.sft_lora else ())]
-    settings = [getattr(config, name) for name in names] + [RANKS, os.environ.get("ALFWORLD_DATA")]
-    files = [(Path(__file__).parent / name).read_bytes() for name in ("env.py", "prompts.py", "policy.py")]
-    content = b"".join([json.dumps(settings).encode(), inspect.getsource(sft).encode(), *files])
-    return out.parent / "sft-cache" / f"{config.env}-{hashlib.sha256(content).hexdigest()[:12]}"
-
-
-def build_policy(config, weights=None):
-    """A fresh policy for `config`, with the SFT weights, or merged SFT adapter, of the folder `weights` if given.
-
-    Chooses ALFWorld's engine, too. Raises OSError or ValueError where a task or the model cannot be made.
-    """
-    gc.collect()  # of a model before, which its own hooks refer to
-    env.GAMES["alfworld"] = env.ALFWorldThorEnv if config.alfworld == "thor" else env.ALFWorldEnv
-    names, texts = config.env.split(","), None
-    for name in names:
-        env.GAMES[name]()  # raises ValueError where its engine or its data is missing
-    torch.manual_seed(config.seed)
     if config.policy == "cnn":
-        return CNNPolicy(env.GAMES[config.env].actions, config.temperature).to(config.device)
-    adapter = weights and (weights / "adapter_config.json").exists()
-    source = config.model if adapter or not weights else str(weights)
-    if source == "tiny":  # what its tokenizer learns from
-        names = prompts.CARD_TASKS if {*names} <= {*prompts.CARD_TASKS} else names
-        texts = prompts.corpus(names, config.prompt, config.obs)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if config.device == "cuda" else config.device
-    model = load_model(source, config.seed, texts, config.image_tiles, device, getattr(torch, config.dtype),
-                       config.quantize, config.trust_remote_code)
-    policy = VLMPolicy(*model, config.temperature, config.max_new_tokens)
-    if adapter:
-        tuned = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
-        policy.model = tuned.merge_and_unload().eval()
-    if config.gradient_checkpointing:
-        policy.checkpoint_gradients()
-    return policy
+        return train_cnn(policy, config, run)
 
+    # Stage 1: imitate demonstrations, which see right and act badly
+    pretrain(policy, config, run, weights)
+    if run.state["stage"] != "rl":  # else the run goes on in stage 2
+        torch.manual_seed(process_seed(config))  # the same chance, whether SFT ran here or not
+        assess("random", random_agent, config, run)
+        assess("SFT", partial(policy_agent, policy, config), config, run)
 
-def memory_plan(policy, config):
-    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict."""
-    if config.policy == "cnn":
-        return 0.2, {"CNN": 0.2}
-    games = env.Games(config.env, config.env.count(",") + 1, 0, config.obs)
-    inputs = policy.encode(games.images, [prompts.build_prompt(info, config.prompt) for info in games.infos])
-    tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
-    model, text, size = policy.model, policy.model.config.get_text_config(), policy.model.dtype.itemsize
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    trained = config.lora_rank * sum(module.in_features + module.out_features for module in linear)
-    if not config.sft_lora:  # SFT trains every weight
-        trained = max(trained, model.num_parameters())
-    layers, heads = text.num_hidden_layers, text.num_key_value_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # Measured in bfloat16: a layer of width D keeps 36 D values a token (CLIP's 30), with checkpoints its input alone;
-    # the backward pass of one layer needs 24 D beside them, reading prompts 36 D. The float32 logits are there thrice.
-    kept, seen = 60 + layers, 0
-    if not config.gradient_checkpointing:
-        eyes = getattr(model.config, "vision_config", None)
-        pixels, patch = inputs[0]["pixel_values"].numel() / 3, np.ravel(getattr(eyes, "patch_size", 14))[0]
-        depth = getattr(eyes, "num_hidden_layers", None) or getattr(eyes, "depth", 24)
-        kept, seen = 24 + 36 * layers, pixels / patch ** 2 * getattr(eyes, "hidden_size", 1024) * 30 * depth
-    activations = (tokens * text.hidden_size * kept + seen) * size + config.max_new_tokens * text.vocab_size * 12
-    reading = tokens * size * (layers * heads * head_size * 2 + 36 * text.hidden_size)
-    # In float32 the adapter is added to a copy of the weights.
-    merged = 4 * sum(module.weight.numel() for module in linear) if model.dtype == torch.float32 else 0
-    parts = {"weights": model.get_memory_footprint() + merged, "adapter and optimiser": 16 * trained,
-             "KV cache and prompts": config.num_envs * reading, "activations": config.microbatch * activations}
-    weights, adapter, *turns = parts.values()  # sampling and training take turns, so only the larger of the two counts
-    return (weights + adapter + max(turns)) / 1e9, {name: count / 1e9 for name, count in parts.items()}
-
-
-def load_run(directory, which="rl", trust_remote_code=False):
-    """(policy, configuration) of a finished run; which: "rl", "sft" for the policy before PPO, or "untrained".
-
-    Raises OSError, ValueError, KeyError or TypeError where the directory holds no finished run.
-    """
-    config = read_config(directory, trust_remote_code)
-    if which == "sft" and config.policy == "cnn":
-        raise ValueError("a CNN has no SFT")
-    policy = build_policy(config, directory / "sft" if which != "untrained" else None)
-    if which == "rl":
-        policy.load(directory)
-    return policy, config
-
-
-# ---------------------------------------------------------------------------------------------------
-# Results
-
-
-def summary(rows, task):
-    """What figures and tables want of a run's `rows`: its evaluations on `task`, by policy, and its learning curve."""
-    return {row["policy"]: row for row in rows if row.get("env") == task} | {
-        "task": task, "curve": [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]}
-
-
-REFERENCES = {"random": "#9a9a9a", "SFT": "#c8802e", "RL": "#c8102e", "CNN + RL": "#c8102e", "expert": "#1f6f54"}
-
-
-def plot(runs):
-    """A matplotlib figure: for each task every setting's mean curve, a band from the lowest seed to the highest, and
-    dashed lines for other policies. runs: name of a setting -> `summary` of each seed; a run is a sweep of one seed.
-    """
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(seeds[0]["task"] for seeds in runs.values()))
-    columns, rows = min(len(tasks), 2), (len(tasks) + 1) // 2
-    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
-    for place, task in enumerate(tasks, 1):
-        axes = figure.add_subplot(rows, columns, place)
-        mine = {name: seeds for name, seeds in runs.items() if seeds[0]["task"] == task}
-        for name, seeds in mine.items():
-            steps = [step for step, _ in seeds[0]["curve"]]
-            rates = np.array([[rate for _, rate in run["curve"]] for run in seeds], float)  # NaN: no episode ended
-            line, = axes.plot(steps, rates.mean(0), ".-", label=name.removeprefix(f"{task}, "))
-            axes.fill_between(steps, rates.min(0), rates.max(0), color=line.get_color(), alpha=0.15, lw=0)
-        for name, color in REFERENCES.items():
-            rates = [run[name]["success_rate"] for seeds in mine.values() for run in seeds if name in run]
-            if rates and (len(mine) == 1 or name in ("random", "expert")):  # the others differ from setting to setting
-                axes.axhline(np.mean(rates), ls="--", lw=1.2, color=color, label=f"{name} {np.mean(rates):.1%}")
-        if task in BOUNDS:
-            axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=f"best possible {BOUNDS[task]:.2%}")
-        axes.set(title=task, xlabel="environment steps", ylabel="success rate", ylim=(0, None), xlim=(0, None))
-        axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def sweep(argv):
-    """An experiment: runs that differ in one flag, each with several seeds, then a table and a plot of all.
-
-    Runs that are there are reused and runs that stopped go on, so the same line resumes the experiment.
-    """
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    if "out" not in given:
-        parser.error("--sweep needs --out")
-    quick = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50".split() if "quick" in given else []
-    axes = [axis.partition("=") for axis in given.sweep]
-    settings = [(flag, value) for flag, _, values in axes for value in values.split(",")]
-    seeds, runs = getattr(given, "seeds", "0"), {}  # runs: name of a setting -> `summary` of each seed
-    for (flag, value), seed in itertools.product(settings, seeds.split(",")):
-        folder = given.out / f"{flag}-{value}-seed{seed}"
-        _, config, _ = parse_args([*quick, *argv, f"--{flag}", value, "--seed", seed])
-        if (folder / "config.json").exists() and read_config(folder, config.trust_remote_code) != config:
-            parser.error(f"{folder} has other settings: choose another --out")
-        if not (folder / "curve.png").exists():
-            launch(parser, config, folder)
-        if RANK:
-            continue  # the first process alone has results
-        for task in config.env.split(","):
-            name = task if flag == "env" else f"{task}, {flag} {value}"
-            runs.setdefault(name, []).append(summary(read_metrics(folder), task))
-    if RANK:
-        return
-    players = [name for name in REFERENCES if any(name in run for summaries in runs.values() for run in summaries)]
-    text = f"| | {' | '.join(players)} | RL: illegal | paper, 7B, other pictures |\n{'|---' * (len(players) + 3)}|\n"
-    for name, summaries in runs.items():
-        cells = [name]
-        for player in players:
-            rates = [100 * run[player]["success_rate"] for run in summaries if player in run]
-            cells.append(f"{np.mean(rates):.1f} % ({', '.join(f'{rate:.1f}' for rate in rates)})" if rates else "")
-        illegal = np.mean([run.get("RL", run.get("CNN + RL"))["illegal_rate"] for run in summaries])
-        cells += [f"{100 * illegal:.1f} %", PUBLISHED.get(summaries[0]["task"], "")]
-        text += f"| {' | '.join(cells)} |\n"
-    text += (f"\nSuccess on {config.eval_episodes} episodes, mean of seeds {seeds} (in brackets each).\n"
-             f"`python train.py {' '.join(argv)}`\n")
-    (given.out / "table.md").write_text(text)
-    (given.out / "table.json").write_text(json.dumps(runs, indent=1))
-    plot(runs).savefig(given.out / "curves.png", dpi=110)
-    print(f"{text}{given.out / 'curves.png'}")
-
-
-def say(text):
-    """Print a line above the progress bars, once, however many processes there are."""
-    if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
-
-
-def pretrain(policy, config, run, weights):
-    """SFT, or nothing where `policy` has its `weights` already; leaves them in the cache and in the run's directory."""
-    cached = sft_cache(config, run.out)
-    if not weights:
-        if config.sft_lora:
-            policy.add_lora(config.lora_rank, config.lora_alpha)
-        sft(policy, config, run)
-        if RANK == 0:
-            scratch = Path(f"{cached}.{os.getpid()}")
-            policy.model.save_pretrained(scratch)  # the adapter alone, where there is one
-            policy.processor.save_pretrained(scratch)
-            scratch.rename(cached) if not cached.exists() else shutil.rmtree(scratch)
-        if config.sft_lora:
-            policy.model = policy.model.merge_and_unload().eval()
-    elif weights == cached:
-        say(f"SFT: weights reused from {cached}")
-    if RANK == 0 and not (run.out / "sft").exists():
-        shutil.copytree(cached, run.out / "sft.tmp", dirs_exist_ok=True)
-        (run.out / "sft.tmp").rename(run.out / "sft")
-
-
-def train(policy, config, run, weights):
-    """Both stages and the evaluations; `weights` is the folder of the SFT weights that `policy` has, if any.
-
-    Returns the evaluations, task -> policy name -> row of metrics.jsonl (None in all processes but the first).
-    """
-    names, language = config.env.split(","), config.policy == "vlm"
-
-    def assess(name, agent=None):
-        for task in names if RANK == 0 else ():  # the others wait at the next gather
-            player = agent or model_agent(policy, np.random.default_rng(config.seed), config.prompt)
-            run.log(stage="eval", policy=name, env=task, **evaluate(
-                player, task, config.eval_episodes, config.seed, config.num_envs, config.obs, f"evaluating {name}"))
-            if run.signal:
-                raise SystemExit(128 + run.signal)
-
-    if language:
-        pretrain(policy, config, run, weights)
-    if run.state["stage"] != "rl":
-        torch.manual_seed(config.seed + OWN_SEEDS)  # cached SFT weights or not: the same from here on
-        assess("random", random_agent(np.random.default_rng(config.seed)))
-        if language:
-            assess("SFT")
-            rates = [f"{row['success_rate']:.1%}" for row in run.rows if row.get("policy") == "SFT"]
-            say(f"SFT: success {', '.join(rates)} after {time.time() - run.began:.0f} s")
-    if language:
-        policy.add_lora(config.lora_rank, config.lora_alpha)
+    # Stage 2: PPO on the task's reward, with a fresh adapter
+    policy.add_lora(config.lora_rank, config.lora_alpha)
     reinforce(policy, config, run)
-    if RANK == 0:
+    if rank() == 0:
         policy.save(run.out)
-    assess("RL" if language else "CNN + RL")
-    assess("expert", expert_agent)
-    gather(None)  # torchrun gives up a machine whose processes ended five minutes ago, and the run with it
-    if RANK:
+
+    # Stage 3: evaluate on the same episodes
+    assess("RL", partial(policy_agent, policy, config), config, run)
+    assess("expert", lambda rng: expert_agent, config, run)
+    return finish(config, run)
+
+
+def train_cnn(policy, config, run):
+    """The paper's baseline: the same PPO without language, and without SFT."""
+    if run.state["stage"] != "rl":
+        torch.manual_seed(process_seed(config))
+        assess("random", random_agent, config, run)
+    reinforce(policy, config, run)
+    if rank() == 0:
+        policy.save(run.out)
+    assess("CNN + RL", partial(policy_agent, policy, config), config, run)
+    assess("expert", lambda rng: expert_agent, config, run)
+    return finish(config, run)
+
+
+def policy_agent(policy, config, rng):
+    """An agent for `evaluate` that plays the policy; rng: for answers without a legal action."""
+    return model_agent(policy, rng, config.prompt)
+
+
+def assess(name, make_agent, config, run):
+    """Evaluate an agent on each task; the results go to metrics.jsonl under its name.
+
+    make_agent: a function of a numpy Generator, which is new for each task.
+    """
+    if rank() > 0:
+        return  # the others wait until the first process is back
+    for task in config.env.split(","):
+        agent = make_agent(np.random.default_rng(config.seed))
+        result = evaluate(
+            agent, task, config.eval_episodes, config.seed, config.num_envs, config.obs,
+            label=f"evaluating {name}")
+        run.log(stage="eval", policy=name, env=task, **result)
+        if run.signal:
+            raise SystemExit(128 + run.signal)
+        if name == "SFT":
+            say(f"SFT: {task}, success {result['success_rate']:.1%}, {run.seconds():.0f} s")
+
+
+def finish(config, run):
+    """Draw the curve, print the table, delete the checkpoints; returns the results as `train`
+    does."""
+    barrier()  # torchrun would stop a run in which some processes have ended long ago
+    if rank() > 0:
         return None
-    results = {task: {row["policy"]: row for row in run.rows if row.get("env") == task} for task in names}
     figure = plot({"RL, training episodes": [summary(run.rows, config.env)]})
     figure.savefig(run.out / "curve.tmp", dpi=110, format="png")
-    (run.out / "curve.tmp").rename(run.out / "curve.png")  # marks the run as finished
+    (run.out / "curve.tmp").rename(run.out / "curve.png")  # the mark of a finished run
     for file in run.out.glob(run.pattern):
         file.unlink()
-    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {run.rows[-1]['seconds']:.0f} s")
-    for task, rows in results.items():
-        print(f"\n{task}\n" * (len(results) > 1) + table(rows))
+
+    results = {}
+    seconds = run.rows[-1]["seconds"]
+    print(f"\n{config.env}, CoT scale {config.cot_scale}, seed {config.seed}, {seconds:.0f} s")
+    for task in config.env.split(","):
+        results[task] = {row["policy"]: row for row in run.rows if row.get("env") == task}
+        print(f"\n{task}")
+        print(table(results[task]))
     print(f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
     return results
 
 
-def launch(parser, config, out):
-    """Train in the directory `out`, or go on there; what a user can mend ends in one line and exit code 2."""
-    if (out / "curve.png").exists():
-        parser.error(f"{out} holds a finished run: begin a new one with another --out")
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # whose random state checkpoints keep
-        # Adapter and head are float32 beside bfloat16: products with 11 bits are five times as fast, and exact enough.
-        torch.set_float32_matmul_precision("high" if config.dtype == "bfloat16" else "highest")
-    if RANKS > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # rollouts are gathered on the CPU
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
-        atexit.register(dist.destroy_process_group)  # a process that ends with its threads running may abort
-    # The first process looks: another might not see the same.
-    weights = gather(next((folder for folder in (out / "sft", sft_cache(config, out)) if folder.exists()), None))[0]
-    advice = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, --lora-rank "
-              "or --max-new-tokens")
+# -------------------------------------------------------------------------------------------------
+# SFT weights that are kept. The method does not need it.
+
+SFT_VERSION = 1  # to be raised when SFT, the demonstrations or the embedded model change
+
+
+def sft_cache(config, out):
+    """The folder that keeps SFT weights for other runs; named by every setting that they depend
+    on."""
+    names = [
+        "env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize",
+        "sft_steps", "sft_batch", "sft_lora", "sft_lr", "sft_restart", "demo_noise",
+    ]
+    if config.sft_lora:
+        names += ["lora_rank", "lora_alpha"]
+    settings = {name: getattr(config, name) for name in names}
+    settings["version"] = SFT_VERSION
+    settings["processes"] = world_size()
+    if "alfworld" in config.env:
+        settings["engine"] = config.alfworld
+        settings["data"] = os.environ.get("ALFWORLD_DATA")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return out.parent / "sft-cache" / f"{config.env}-{digest}"
+
+
+def kept_weights(config, out):
+    """The folder with SFT weights for this run: its own, or the cache's; None if there is none."""
+    for folder in (out / "sft", sft_cache(config, out)):
+        if folder.exists():
+            return folder
+    return None
+
+
+def pretrain(policy, config, run, weights):
+    """SFT, unless `policy` has its weights already. They stay in the cache and in the run
+    directory."""
+    cache = sft_cache(config, run.out)
+    if weights is None:
+        if config.sft_lora:
+            policy.add_lora(config.lora_rank, config.lora_alpha)
+        sft(policy, config, run)
+        if rank() == 0:
+            save_sft(policy, cache)
+        if config.sft_lora:
+            policy.merge_lora()
+    elif weights == cache:
+        say(f"SFT: weights reused from {cache}")
+
+    if rank() == 0 and not (run.out / "sft").exists():
+        shutil.copytree(cache, run.out / "sft.tmp", dirs_exist_ok=True)
+        (run.out / "sft.tmp").rename(run.out / "sft")
+
+
+def save_sft(policy, folder):
+    """Write the weights (the adapter alone, where there is one) and the processor; whole or not at
+    all."""
+    scratch = Path(f"{folder}.{os.getpid()}")
+    policy.model.save_pretrained(scratch)
+    policy.processor.save_pretrained(scratch)
+    if folder.exists():  # another process was faster
+        shutil.rmtree(scratch)
+    else:
+        scratch.rename(folder)
+
+
+# -------------------------------------------------------------------------------------------------
+# Run directory: metrics, checkpoints, signals. The method does not need it.
+
+
+class Refused(Exception):
+    """An error that the user can fix, said in one line."""
+
+
+class Run:
+    """A run directory, which one process at a time may use. It is a context manager.
+
+    A checkpoint is one safetensors file: trained weights and Adam's moments, and all other state as
+    JSON in its header. It is written aside, synced and renamed. Its name ends in the SHA-256 of its
+    content, so a damaged file is recognised. The last two are kept. Nothing is pickled.
+    """
+
+    pattern = "checkpoint-*.safetensors"  # a number that grows, then the digest
+
+    def __init__(self, out, config):
+        """Lock the directory and find its newest whole checkpoint.
+
+        Raises OSError, or Timeout where another process has the directory.
+        """
+        self.out = out
+        self.signal = 0              # the number of the signal that asked the run to stop
+        self.began = time.time()
+        self.rows = []               # the lines of metrics.jsonl
+        checkpoint = None
+        state = {"stage": None, "metrics": 0}
+        if rank() == 0:              # the other processes write nothing
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
+            self.lock.acquire(timeout=0)
+            checkpoint, state = self.find_checkpoint(state)
+            (out / "config.tmp").write_text(json.dumps(vars(config), indent=1))
+            (out / "config.tmp").replace(out / "config.json")
+            self.track = tracker(config, out)
+            self.open_metrics(state["metrics"])
+        self.checkpoint_file, self.state = from_first_process((checkpoint, state))
+
+    def find_checkpoint(self, state):
+        """(file, state) of the newest whole checkpoint; (None, the given state) if there is
+        none."""
+        for file in sorted(self.out.glob(self.pattern), reverse=True):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            if file.stem.endswith(digest):
+                with safe_open(file, "pt") as header:
+                    return file, json.loads(header.metadata()["state"])
+            print(f"{file} is damaged: kept as {file.name}.broken, trying the one before",
+                  file=sys.stderr)
+            file.rename(f"{file}.broken")
+        return None, state
+
+    def open_metrics(self, size):
+        """Open metrics.jsonl, cut to `size` bytes: what came after the checkpoint will come
+        again."""
+        self.metrics = open(self.out / "metrics.jsonl", "ab", buffering=0)
+        self.metrics.truncate(size)
+        self.metrics.seek(0, os.SEEK_END)  # truncating leaves the position where it was
+        self.rows = read_metrics(self.out)
+        if self.rows:
+            self.began -= self.rows[-1]["seconds"]
+
+    def __enter__(self):
+        self.handlers = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[signum] = signal.signal(signum, self.on_signal)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if rank() > 0:
+            return
+        (self.out / "checkpoint.tmp").unlink(missing_ok=True)  # a half one, if the disk is full
+        self.metrics.close()
+        self.lock.release()
+        if kind:  # stopped by a signal or an error
+            program = "python" if world_size() == 1 else "torchrun ..."
+            print(f"go on with: {program} train.py --resume {self.out}", file=sys.stderr)
+
+    def on_signal(self, signum, frame):
+        if self.signal:
+            raise SystemExit(128 + signum)
+        self.signal = signum
+        print("\nstopping at the next checkpoint (once more: at once)", file=sys.stderr)
+
+    def seconds(self):
+        """Seconds of training so far, those before a resume included."""
+        return time.time() - self.began
+
+    def log(self, **row):
+        """Add a line to metrics.jsonl."""
+        if rank() > 0:
+            return
+        row["seconds"] = round(self.seconds(), 2)
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = None if math.isnan(value) else round(value, 6)  # JSON has no NaN
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+
+        prefix = row.get("policy", row["stage"])
+        numbers = {f"{prefix}/{key}": x for key, x in row.items() if isinstance(x, (int, float))}
+        self.track(numbers, row.get("env_steps", row.get("step", 0)))
+
+    def checkpoint(self, stage, index, policy, optimizer, **state):
+        """Save all that `restore` needs, under a number that grows; stop if a signal asked for
+        it."""
+        tensors = tensors_of(policy, optimizer)
+        state["torch_rng"] = random_states()
+        everyone = gather((self.signal, state))
+        if rank() == 0:
+            header = {
+                "stage": stage,
+                "metrics": self.metrics.tell(),
+                "processes": [state for _, state in everyone],
+            }
+            content = serialize(tensors, {"state": json.dumps(header)})
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            scratch = self.out / "checkpoint.tmp"
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.rename(self.out / f"checkpoint-{index:07}-{digest}.safetensors")
+            for old in sorted(self.out.glob(self.pattern))[:-2]:
+                old.unlink()
+
+        stop = max(signal for signal, _ in everyone)
+        if stop:
+            raise SystemExit(128 + stop)
+
+    def restore(self, stage, policy, optimizer):
+        """Load the checkpoint; returns the state that `checkpoint` was given.
+
+        None if there is no checkpoint, or one of another stage.
+        """
+        if self.state["stage"] != stage:
+            return None
+        states = self.state.get("processes", [])
+        if len(states) != world_size():
+            raise Refused(f"the run had {len(states)} processes, not {world_size()}")
+        state = states[rank()]
+        if len(state.get("torch_rng", ())) != len(random_states()):
+            raise Refused(f"{self.checkpoint_file} is of a machine with other devices")
+
+        moments = {}
+        weights = {}
+        for key, x in load_file(self.checkpoint_file).items():
+            owner, _, name = key.partition(".")
+            if owner == "optimizer":
+                index, _, name = name.partition(".")
+                moments.setdefault(int(index), {})[name] = x
+            else:
+                weights[name] = x
+        policy.load_state_dict(weights, strict=False)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        set_random_states(state["torch_rng"])
+        return state
+
+
+def tensors_of(policy, optimizer):
+    """Trained weights, the value head and Adam's moments, under names for a checkpoint."""
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    tensors = {}
+    for name, x in policy.state_dict().items():
+        if name in trained or "value_head" in name:
+            tensors[f"policy.{name}"] = x
+    for index, moments in optimizer.state_dict()["state"].items():
+        for name, x in moments.items():
+            tensors[f"optimizer.{index}.{name}"] = x
+    return tensors
+
+
+def random_states():
+    """The states of torch's generators, as lists of numbers."""
+    states = [torch.get_rng_state().tolist()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state().tolist())
+    return states
+
+
+def set_random_states(states):
+    torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states[1], dtype=torch.uint8))
+
+
+def tracker(config, out):
+    """A function (dict of numbers, step) that sends numbers to where --track says."""
+    kind = getattr(config, "track", None)
+    if kind and not find_spec(kind):
+        raise Refused(f"--track {kind} needs a package: pip install {kind}")
+
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out)
+
+        def track(numbers, step):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+        return track
+
+    if kind == "wandb":
+        import wandb
+        wandb_run = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
+        return lambda numbers, step: wandb_run.log(numbers | {"env_steps": step})
+
+    return lambda numbers, step: None
+
+
+# -------------------------------------------------------------------------------------------------
+# What the terminal shows
+
+
+def progress_bar(name, total, done):
+    """A progress bar, in the first process and in a terminal only."""
+    disable = True if rank() > 0 else None  # None: hidden where there is no terminal
+    return tqdm(desc=name, total=total, initial=done, unit="step", disable=disable)
+
+
+def say(text):
+    """Print a line above the progress bars, in the first process only."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+def progress_line(env_steps, stats, seconds):
+    line = (
+        f"{env_steps:6} steps  success {stats['success_rate']:6.1%}  "
+        f"return {stats['mean_return']:+6.2f}  illegal {stats['illegal_rate']:5.1%}  "
+        f"kl {stats['approx_kl']:.4f}  clipped {stats['clipfrac']:5.1%}  "
+        f"explained {stats['explained_variance']:+.2f}  {seconds:4.0f} s"
+    )
+    if stats["skipped"]:
+        line += f"  {stats['skipped']} mini-batches skipped"
+    return line
+
+
+def process_seed(config):
+    """A seed of its own for each process."""
+    return config.seed + 100_003 * rank()
+
+
+# -------------------------------------------------------------------------------------------------
+# Memory: what a run will need, before it begins. The method does not need it.
+
+
+def memory_plan(policy, config):
+    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict.
+
+    The numbers of values that a token keeps were measured in bfloat16, for a layer of width D.
+    """
+    if config.policy == "cnn":
+        return 0.2, {"CNN": 0.2}
+    model = policy.model
+    text = model.config.get_text_config()
+    bytes_per_value = model.dtype.itemsize
+    layers = text.num_hidden_layers
+    width = text.hidden_size
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+    # The longest sequence: a prompt with its picture, then an answer
+    num_tasks = len(config.env.split(","))
+    games = env.Games(config.env, num_tasks, 0, config.obs)
+    questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
+    inputs = policy.encode(games.images, questions)
+    tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
+
+    # Weights; in float32, merged copies of them (FastVLMPolicy)
+    weights = model.get_memory_footprint()
+    if model.dtype == torch.float32:
+        weights += 4 * sum(module.weight.numel() for module in linear)
+
+    # What is trained: float32 weights, gradients, and two moments of Adam
+    trained = config.lora_rank * sum(m.in_features + m.out_features for m in linear)
+    if not config.sft_lora:
+        trained = max(trained, model.num_parameters())  # SFT trains every weight
+
+    # Activations of a sample. With checkpoints: the input of every layer, and one layer in full
+    activations = tokens * width * (60 + layers)
+    if not config.gradient_checkpointing:
+        vision = getattr(model.config, "vision_config", None)
+        vision_width = getattr(vision, "hidden_size", 1024)
+        vision_layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 24)
+        patch_size = np.ravel(getattr(vision, "patch_size", 14))[0]
+        patches = inputs[0]["pixel_values"].numel() / 3 / patch_size ** 2
+        activations = tokens * width * (24 + 36 * layers)
+        activations += patches * vision_width * 30 * vision_layers
+    logits = 3 * 4 * config.max_new_tokens * text.vocab_size  # three float32 copies
+
+    # Sampling: the cache of keys and values, and one layer that reads the prompts
+    heads = text.num_key_value_heads
+    head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    cache = tokens * (2 * layers * heads * head_size + 36 * width)
+
+    parts = {
+        "weights": weights,
+        "adapter and optimiser": 16 * trained,
+        "KV cache and prompts": config.num_envs * cache * bytes_per_value,
+        "activations": config.microbatch * (activations * bytes_per_value + logits),
+    }
+    parts = {name: count / 1e9 for name, count in parts.items()}
+    # Sampling and training take turns, so only the larger of the two counts
+    peak = max(parts["KV cache and prompts"], parts["activations"])
+    peak += parts["weights"] + parts["adapter and optimiser"]
+    return peak, parts
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line: from flags to a run, and from errors of a user to one line
+
+
+def configure(argv):
+    """(configuration, run directory) of a command line; an error of the user is one line, exit code
+    2."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        return resume(parser, args.resume, argv)
+    if (args.seeds or args.quick) and not args.sweep:
+        parser.error("--seeds and --quick belong to --sweep; one run has one --seed")
+    check_tasks(parser, args.env)
+
+    # Parse once more: what the line leaves out is now the default of preset and task
+    preset = args.preset or ("tiny" if args.model == "tiny" else "paper")
+    parser.set_defaults(preset=preset)
+    if preset == "paper":
+        parser.set_defaults(**PAPER)
+    parser.set_defaults(**TASK_SETTINGS.get((preset, args.env), {}))
+    if args.policy == "cnn":
+        parser.set_defaults(kl_coef=0.0)  # without SFT there is nothing to stay near
+    config = parser.parse_args(argv)
+    if config.dtype is None:
+        large = preset == "paper" and config.device == "cuda"
+        config.dtype = "bfloat16" if large else "float32"
+
+    check(parser, config)
+    out = config.out
+    if out is None:
+        now = time.strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / f"{config.env.replace(',', '+')}-{now}"
+    if (out / "config.json").exists():
+        parser.error(f"{out} already holds a run: "
+                     f"go on with --resume {out}, or choose another --out")
+    return settings_of(config), out
+
+
+def resume(parser, directory, argv):
+    """The configuration of a run that goes on is its own."""
     try:
-        try:
-            policy = build_policy(config, weights)
-        except (OSError, ValueError) as error:
-            raise Refused(f"cannot play --env {config.env} with --model {weights or config.model}: {error}") from None
-        needed, parts = memory_plan(policy, config)
-        there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else psutil.virtual_memory().total
-        if needed > there / 1e9:
-            parser.error(f"{needed:.0f} GB do not fit into the {there / 1e9:.0f} of {config.device}: {advice}")
-        with Run(out, config) as run:
-            if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
-                raise Refused(f"{out / 'sft'} is missing")
-            name = config.model if config.policy == "vlm" else "CNN"
-            count = sum(p.numel() for key, p in policy.named_parameters() if "value" not in key) / 1e6
-            place = f"{config.device}, {config.dtype}" + f", {RANKS} processes" * (RANKS > 1)
-            say(f"{config.env}: {name} ({count:.1f} M parameters) on {place}; into {out}")
-            say(f"memory expected: {needed:.1f} GB ({', '.join(f'{part} {gb:.1f}' for part, gb in parts.items())})")
-            return train(policy, config, run, weights)
-    except Timeout:
-        parser.error(f"another process is training in {out}")
-    except OSError as error:
-        parser.error(f"{error.filename or out}: {error.strerror or error}")
-    except (Refused, SafetensorError) as error:
-        parser.error(str(error).splitlines()[0])
-    except torch.OutOfMemoryError:
-        parser.error(f"out of memory: {advice}")
-    except RuntimeError as error:
-        if RANKS == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        kept = read_config(directory)
+    except (OSError, ValueError, TypeError):
+        parser.error(f"{directory} holds no run (no config.json that can be read)")
+    parser.set_defaults(**vars(kept))
+    args = parser.parse_args(argv)
+    config = settings_of(args)
+    for name, value in vars(config).items():
+        kept_value = getattr(kept, name, value)
+        if value != kept_value and name != "trust_remote_code":
+            parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept_value}: "
+                         "leave it out, or begin a new run")
+    if args.out or args.sweep or args.seeds or args.quick:
+        parser.error("--resume needs no other flag")
+    return config, directory
+
+
+def settings_of(args):
+    """The settings of a run alone, without what chooses or repeats it."""
+    settings = dict(vars(args))
+    for name in ("out", "resume", "sweep", "seeds", "quick"):
+        del settings[name]
+    return argparse.Namespace(**settings)
+
+
+def check_tasks(parser, names):
+    if not names or not set(names.split(",")) <= set(env.GAMES):
+        parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
+
+
+def check(parser, config):
+    """End with one line where settings do not fit together."""
+    if config.policy == "cnn" and config.env not in prompts.CARD_TASKS:
+        parser.error("--policy cnn has one fixed list of actions: "
+                     f"--env is one of {', '.join(prompts.CARD_TASKS)}")
+    if config.policy == "cnn" and config.kl_coef:
+        parser.error("--kl-coef keeps thoughts near those of SFT: --policy cnn has none")
+    if config.device != "cpu" and not getattr(torch, config.device).is_available():
+        parser.error(f"--device {config.device} is not there, or this PyTorch cannot use it")
+    if config.quantize and (config.device != "cuda" or config.model == "tiny"):
+        parser.error("--quantize 4bit is for large models on --device cuda")
+    if config.quantize and not find_spec("bitsandbytes"):
+        parser.error("--quantize 4bit needs a package: pip install bitsandbytes")
+    if config.dtype == "bfloat16" and not config.sft_lora and config.policy == "vlm":
+        parser.error("--dtype bfloat16 needs --sft-lora: "
+                     "a step of SFT is smaller than the rounding of the weights")
+    if config.rollout_steps % config.num_envs:
+        parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of "
+                     f"--num-envs {config.num_envs}")
+    if config.env_steps < config.rollout_steps:
+        parser.error(f"--env-steps {config.env_steps} is less than one rollout, "
+                     f"--rollout-steps {config.rollout_steps}")
+    for name in ("num_envs", "minibatch", "sft_batch"):
+        if getattr(config, name) % world_size():
+            parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split over "
+                         f"{world_size()} processes")
+
+
+ADVICE = ("try --quantize 4bit, --gradient-checkpointing, a smaller --microbatch, --num-envs, "
+          "--lora-rank or --max-new-tokens")
+
+
+def launch(config, out):
+    """Train in the directory `out`, or go on there; an error that a user can fix is one line, exit
+    code 2."""
+    try:
+        return run_in(config, out)
+    except Exception as error:
+        line = explain(error, out)
+        if line is None:  # a bug keeps its traceback
             raise
-        parser.error(f"process {RANK}: another one died, which ends the run ({str(error).splitlines()[0]})")
-    except FloatingPointError as error:
-        parser.error(f"{error}; the checkpoint before is whole: try a smaller --lr or --max-grad-norm in a new run")
+        make_parser().error(line)
+
+
+def run_in(config, out):
+    """Build the policy, check that there is memory for it, and train."""
+    if (out / "curve.png").exists():
+        raise Refused(f"{out} holds a finished run: begin a new one with another --out")
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # Beside bfloat16 weights, float32 products with 11 bits are exact enough and five times as
+        # fast
+        torch.set_float32_matmul_precision("high" if config.dtype == "bfloat16" else "highest")
+
+    weights = from_first_process(kept_weights(config, out))  # others might not see the same
+    try:
+        policy = build_policy(config, weights)
+    except (OSError, ValueError) as error:
+        source = weights or config.model
+        raise Refused(f"cannot play --env {config.env} with --model {source}: {error}") from None
+
+    needed, parts = memory_plan(policy, config)
+    available = psutil.virtual_memory().total / 1e9
+    if config.device == "cuda":
+        available = torch.cuda.mem_get_info()[1] / 1e9
+    if needed > available:
+        raise Refused(f"{needed:.0f} GB do not fit into the {available:.0f} of {config.device}: "
+                      f"{ADVICE}")
+
+    with Run(out, config) as run:
+        if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
+            raise Refused(f"{out / 'sft'} is missing")
+        describe(policy, config, out, needed, parts)
+        return train(policy, config, run, weights)
+
+
+def describe(policy, config, out, needed, parts):
+    """Say what is trained, where, and in how much memory."""
+    name = config.model if config.policy == "vlm" else "CNN"
+    sizes = [p.numel() for key, p in policy.named_parameters() if "value" not in key]
+    place = f"{config.device}, {config.dtype}"
+    if world_size() > 1:
+        place += f", {world_size()} processes"
+    say(f"{config.env}: {name} ({sum(sizes) / 1e6:.1f} M parameters) on {place}; into {out}")
+    memory = ", ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
+    say(f"memory expected: {needed:.1f} GB ({memory})")
+
+
+def explain(error, out):
+    """The line that tells a user what to do about an error; None for what is a bug."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, Timeout):
+        return f"another process is training in {out}"
+    if isinstance(error, OSError):
+        return f"{error.filename or out}: {error.strerror or error}"
+    if isinstance(error, (Refused, SafetensorError)):
+        return first_line
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {ADVICE}"
+    if isinstance(error, FloatingPointError):
+        return (f"{error}; the checkpoint before is whole: "
+                "try a smaller --lr or --max-grad-norm in a new run")
+    if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"process {rank()}: another one died, which ends the run ({first_line})"
+    return None
+
+
+def connect_processes():
+    """Join the other processes that torchrun started, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # rollouts are gathered on the CPU
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    atexit.register(dist.destroy_process_group)  # its threads could abort a process that ends
+
+
+def sweep(args, argv):
+    """An experiment: runs that differ in one flag, each with several seeds, then a table and a
+    plot.
+
+    Runs that are there are reused and runs that stopped go on, so the same line resumes the
+    experiment.
+    """
+    parser = make_parser()
+    if not args.out:
+        parser.error("--sweep needs --out")
+    if args.quick:
+        small = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50"
+        argv = small.split() + argv
+    seeds = (args.seeds or "0").split(",")
+
+    runs = {}  # name of a setting -> `summary` of each seed
+    for axis in args.sweep:
+        flag, _, values = axis.partition("=")
+        for value in values.split(","):
+            for seed in seeds:
+                folder = args.out / f"{flag}-{value}-seed{seed}"
+                config, _ = configure([*argv, f"--{flag}", value, "--seed", seed])
+                train_once(parser, config, folder)
+                if rank() > 0:
+                    continue  # the first process alone has results
+                for task in config.env.split(","):
+                    name = task if flag == "env" else f"{task}, {flag} {value}"
+                    runs.setdefault(name, []).append(summary(read_metrics(folder), task))
+
+    if rank() == 0:
+        command = f"python train.py {' '.join(sys.argv[1:])}"
+        text = sweep_table(runs, config.eval_episodes, ",".join(seeds), command)
+        (args.out / "table.md").write_text(text)
+        (args.out / "table.json").write_text(json.dumps(runs, indent=1))
+        plot(runs).savefig(args.out / "curves.png", dpi=110)
+        print(f"{text}{args.out / 'curves.png'}")
+
+
+def train_once(parser, config, folder):
+    """Train in `folder`, unless a finished run with the same settings is there."""
+    if (folder / "config.json").exists():
+        if read_config(folder, config.trust_remote_code) != config:
+            parser.error(f"{folder} has other settings: choose another --out")
+    if not (folder / "curve.png").exists():
+        launch(config, folder)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    return sweep(argv) if "sweep" in make_parser().parse_args(argv) else launch(*parse_args(argv))
+    if argv is None:
+        argv = sys.argv[1:]
+    connect_processes()
+    args = make_parser().parse_args(argv)
+    if args.sweep:
+        return sweep(args, argv)
+    config, out = configure(argv)
+    return launch(config, out)
 
 
 if __name__ == "__main__":

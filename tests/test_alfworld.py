@@ -1,4 +1,5 @@
-"""ALFWorld: built-in rooms, the expert, rewards, pictures that hide what is not seen, the data set, the engine's own words."""
+"""ALFWorld: rooms, expert, rewards, pictures that hide what is not seen, data set, engine."""
+import importlib.util
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import pytest
 
 import env
 import prompts
-import train
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("alfworld") is None, reason="the packages of ALFWorld are missing"
+)
 KINDS = list(env.ALFRED_TASKS)
 ROOT = Path(env.__file__).parent
 
@@ -120,8 +123,9 @@ def test_goal_conditions_by_hand():
     game, _ = begin("heat", 1)
 
     def rate(where, carried, hot):
-        game._where, game._carried, game._facts = where, carried, {("ishot", o) for o in hot}
-        return game._rate()
+        game._receptacle_of, game._carried = where, carried
+        game._facts = {("ishot", o) for o in hot}
+        return game._goal_conditions()
     game._target, game._goal = "mug", "countertop"
     assert rate({"mug 1": "shelf 1"}, "", []) == 0 and rate({}, "mug 1", []) == 0
     assert rate({}, "mug 1", ["mug 1"]) == pytest.approx(1 / 3)                       # hot, not yet placed
@@ -129,7 +133,7 @@ def test_goal_conditions_by_hand():
     assert rate({"mug 1": "countertop 1"}, "mug 2", ["mug 2"]) == pytest.approx(2 / 3)  # one is placed, another hot
     assert rate({"mug 1": "countertop 1"}, "", ["mug 1"]) == 1
     assert rate({"apple 1": "countertop 1"}, "", ["apple 1"]) == 0
-    game._kind = "two"
+    game._task_type = "two"
     assert rate({"mug 1": "countertop 1", "mug 2": "countertop 2"}, "", []) == 0.5  # both have to be in the same receptacle
     assert rate({"mug 1": "countertop 1", "mug 2": "countertop 1", "mug 3": "countertop 1"}, "", []) == 1
 
@@ -156,13 +160,13 @@ def test_pictures_and_infos_hide_what_was_not_seen(kind):
         if shut := bool(game._place) and game._shut(game._place):
             assert info["visible"] == [] and not any(c.startswith("take") for c in game.legal_actions())
         closed += shut
-        where = game._where
-        game._where = {o: r for o, r in where.items() if r in game._seen}
-        hidden = len(where) - len(game._where)
-        assert (game.render() == picture).all() and game.state() == info  # nor does the expert know more
-        game._where = where | {"apple 9": game._place} if game._place else where
+        where = game._receptacle_of
+        game._receptacle_of = {o: r for o, r in where.items() if r in game._seen}
+        hidden = len(where) - len(game._receptacle_of)
+        assert (game.render() == picture).all() and game.state() == info  # the expert knows no more
+        game._receptacle_of = where | {"apple 9": game._place} if game._place else where
         assert (game.render() == picture).all() == (shut or not game._place)
-        game._where = where
+        game._receptacle_of = where
         assert command or hidden
     assert kind != "cool" or closed
 
@@ -218,14 +222,15 @@ def test_commands_and_words_are_those_of_alfworlds_own_environment(kind):
     theirs = AlfredDemangler(PddlEnv(textworld.EnvInfos(admissible_commands=True, won=True)), shuffle=False)
     theirs.load(str(env.game_cache() / "train" / kind / "1" / "game.tw-pddl"))
     state, rng = theirs.reset(), np.random.default_rng(0)
-    assert f"Your task is to: {game._task}." in state.feedback and game._feedback in state.feedback
+    assert f"Your task is to: {game._task}." in state.feedback
+    assert game._observation in state.feedback
     for step in range(25):
         dropped = re.compile(rf"look|inventory|help|examine .*|go to {game._place or '-'}")
         assert set(game.legal_actions()) == {c for c in state["admissible_commands"] if not dropped.fullmatch(c)}
         command = game.expert(game.state()) if step % 2 else str(rng.choice(game.legal_actions()))
         game._act(command)
         state, _, _ = theirs.step(command)
-        assert state.feedback == game._feedback and state["won"] == game._won
+        assert state.feedback == game._observation and state["won"] == game._won
         if game._won:
             break
 
@@ -264,12 +269,39 @@ def test_wrong_splits_are_named():
             env.ALFWorldEnv(split=split)
 
 
-def test_card_games_need_no_alfworld(tmp_path):
-    for package in ("alfworld", "textworld", "fast_downward"):
-        (tmp_path / f"{package}.py").write_text("raise ImportError('broken')")
-    done = python("import prompts, env, sys, gymnasium; gymnasium.make('GymCards/Blackjack-v0').reset(seed=0); prompts.corpus(episodes=1)\n"
-                  "assert not {'alfworld', 'textworld', 'fast_downward'} & set(sys.modules)", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_the_grammar_as_mended_for_python_3_13_says_the_same_words():
+    code = ("import env, sys; env.alfworld_engine()\n"
+            "if len(sys.argv) > 1:\n"
+            "    sys.version_info = (3, 13)\n"
+            "    env.mend_textworld()\n"
+            "    from textworld.envs.pddl import textgen\n"
+            "    assert textgen.EvalSymbol.derive.__module__ == 'env'\n"
+            "game = env.ALFWorldEnv()\n"
+            "for seed in range(3):\n"
+            "    _, info = game.reset(seed=seed)\n"
+            "    while not game.over:\n"
+            "        print(info['observation'])\n"
+            "        *_, info = game.step(info['legal_actions'].index(info['expert']))\n")
+    plain, mended = (
+        subprocess.run([sys.executable, "-c", code, *flag], cwd=ROOT, capture_output=True, text=True)
+        for flag in ([], ["mended"])
+    )
+    assert mended.returncode == 0, mended.stderr
+    assert plain.stdout == mended.stdout and plain.stdout.count("you") > 10
+
+
+def test_built_in_games_are_kept_in_a_folder_of_their_version():
+    assert env.game_cache().name == f"alfworld-{env.ROOMS_VERSION}"
+
+
+def test_the_engine_of_the_task_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
+    env.use_thor()
+    assert env.GAMES["alfworld"] is env.ALFWorldThorEnv
+    assert env.env_id("alfworld") == "GymCards/ALFWorldThor-v0"
+    env.use_text_engine()
+    assert env.GAMES["alfworld"] is env.ALFWorldEnv
+    assert env.env_id("alfworld") == "GymCards/ALFWorld-v0"
 
 
 def test_processes_make_the_same_games_at_once_in_silence(tmp_path):
@@ -339,6 +371,7 @@ def test_thor_is_cut_off_after_50_steps_and_restored_by_playing_again():
 
 
 def test_thor_without_simulator_or_data_gives_one_line(tmp_path, monkeypatch, capsys):
+    import train
     monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
     for data in (None, str(tmp_path)):
         monkeypatch.delenv("ALFWORLD_DATA", raising=False) if data is None else monkeypatch.setenv("ALFWORLD_DATA", data)

@@ -1,5 +1,8 @@
 """A model behind an API, played by a server on this machine that also refuses, stalls, breaks off and talks nonsense."""
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,6 +12,12 @@ import pytest
 import eval as evaluation
 
 GOOD = '{"dealer": "7", "hand": ["9", "5"], "thoughts": "", "action": "stand"}'
+
+
+def completion(text, finish_reason="stop"):
+    """What an endpoint replies: (status, body)."""
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
+    return 200, json.dumps({"id": "", "created": 0, "model": "m", "choices": [choice]})
 
 
 @pytest.fixture
@@ -24,8 +33,7 @@ def server(monkeypatch):
                 reply = web.replies.pop(0) if web.replies else GOOD
             if callable(reply):
                 return reply(self)
-            status, content = reply if isinstance(reply, tuple) else (200, json.dumps(
-                {"id": "", "created": 0, "model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}))
+            status, content = reply if isinstance(reply, tuple) else completion(reply)
             data = content.encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -58,7 +66,7 @@ def test_a_picture_and_a_prompt_are_sent_and_the_text_comes_back(server, tmp_pat
     answer, = model(server, tmp_path).act(PICTURE, ["what is this?"])
     assert answer.text == GOOD
     (path, key, body), = server.asked
-    assert path == "/v1/chat/completions" and key == "Bearer sk-very-secret" and body["model"] == "m"
+    assert path == "/v1/chat/completions" and key == "Bearer sk-very-secret" and body["model"] == "m" and body["max_tokens"] == 512
     picture, text = body["messages"][0]["content"]
     assert picture["image_url"]["url"].startswith("data:image/png;base64,iVBOR") and text["text"] == "what is this?"
 
@@ -155,3 +163,48 @@ def test_what_cannot_go_on_gives_one_line_without_the_key(server, tmp_path, monk
     assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and words in captured.err
     assert "secret" not in captured.err + (tmp_path / "cache.jsonl").read_text() and "\x1b" not in captured.err
     assert len(server.asked) <= 3
+
+
+def test_an_answer_cut_off_before_its_first_word_is_asked_again_by_the_next_process(server, tmp_path):
+    server.replies = [completion("", "length"), completion('{"action": "st', "length")]
+    first = model(server, tmp_path, max_tokens=7)
+    assert [first.act(PICTURE, [prompt])[0].text for prompt in "ab"] == ["", '{"action": "st'] and first.num_cut_off == 2
+    assert [body["max_tokens"] for _, _, body in server.asked] == [7, 7]
+    again = model(server, tmp_path)
+    assert [again.act(PICTURE, [prompt])[0].text for prompt in "ab"] == [GOOD, '{"action": "st']
+    assert again.requests == 1 and again.num_cut_off == 1 and again.num_answers == 2
+
+
+def test_answers_that_were_cut_off_are_counted_in_a_warning(server, tmp_path, monkeypatch, capsys):
+    server.replies = [completion("", "length"), completion('{"action": "st', "length")]
+    command(monkeypatch, server, tmp_path, "--max-tokens", "7")
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("2 of ") and "cut off at --max-tokens 7" in captured.err
+    assert "api:m" in captured.out
+    command(monkeypatch, server, tmp_path, "--json")
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["cut_off"] == 1 and result["requests"] >= 1 and captured.err == ""
+
+
+@pytest.mark.parametrize("content", ["no JSON\n", "[1, 2]\n", "3\n", "no line"])
+def test_a_file_that_is_no_cache_is_refused_and_left_alone(server, tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "cache.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, server, tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cache.jsonl" in error and (tmp_path / "cache.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("address", ["http://", "https://host:port/v1", "http:///v1", "http://\n"])
+def test_an_address_that_is_none_gives_one_line(server, tmp_path, monkeypatch, capsys, address):
+    server.base = address
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, server, tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1 and not server.asked
+
+
+def test_a_name_that_the_terminal_cannot_show(server, tmp_path):
+    done = subprocess.run([sys.executable, evaluation.__file__, "--env", "blackjack", "--api-base", server.base, "--api-model", "\u6a21", "--episodes", "2",
+                           "--cache", str(tmp_path / "cache.jsonl")], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"api:\\u6a21" in done.stdout and done.stderr == b""

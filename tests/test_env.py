@@ -1,22 +1,39 @@
 """The games: Gymnasium's own checks, seeds, and rules against a second implementation."""
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
 import env
 
+ROOT = Path(env.__file__).parent
+GAMES = [name for name in env.GAMES if name != "alfworld" or importlib.util.find_spec("alfworld")]
 
-@pytest.mark.parametrize("name", env.GAMES)
+
+def python(*arguments, stdin="", **variables):
+    """Run Python in the folder of the six files."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env=os.environ | variables, input=stdin, capture_output=True, text=True,
+    )
+
+
+@pytest.mark.parametrize("name", GAMES)
 def test_gymnasium_accepts_the_environment(name):
     check_env(gym.make(env.env_id(name)).unwrapped)
 
 
-@pytest.mark.parametrize("name", env.GAMES)
+@pytest.mark.parametrize("name", GAMES)
 def test_a_seed_fixes_an_episode(name):
     def episode(seed):
         game, rng, trace = gym.make(env.env_id(name)), np.random.default_rng(0), []
@@ -31,7 +48,7 @@ def test_a_seed_fixes_an_episode(name):
     assert any(episode(7) != episode(seed) for seed in range(8, 12))
 
 
-@pytest.mark.parametrize("name", env.GAMES)
+@pytest.mark.parametrize("name", GAMES)
 def test_wrong_use_raises_gymnasiums_errors(name):
     game = env.GAMES[name]()
     with pytest.raises(gym.error.ResetNeeded):
@@ -209,7 +226,7 @@ def test_the_vector_keeps_truncation_and_termination_apart():
     assert [info["target"] for info in result["infos"]] == [info["target"] for info in starts]  # the state before the next episode
 
 
-@pytest.mark.parametrize("name", env.GAMES)
+@pytest.mark.parametrize("name", GAMES)
 def test_games_go_on_exactly_from_a_snapshot(name):
     rng = np.random.default_rng(0)
 
@@ -227,3 +244,184 @@ def test_games_go_on_exactly_from_a_snapshot(name):
     rng.bit_generator.state = chance
     for one, other in zip(went_on, (step(again) for _ in range(20))):
         assert one["infos"] == other["infos"] and (one["rewards"] == other["rewards"]).all() and (one["images"] == other["images"]).all()
+
+
+# -- what a new game gets wrong, and what Gymnasium does with games -----------------------------------
+
+
+class LampEnv(env.Game):
+    """A lamp is on or off; say which."""
+    name = "lamp"
+    actions = ("dark", "bright")
+    saved = ("on",)
+
+    def deal(self):
+        self.on = bool(self.np_random.integers(2))
+
+    def play(self, action):
+        right = (action == "bright") == self.on
+        return (1 if right else -1), True, False
+
+    def state(self):
+        return {"on": self.on}
+
+    @staticmethod
+    def expert(info):
+        return "bright" if info["on"] else "dark"
+
+    def draw(self):
+        return Image.new("RGB", (env.SIZE, env.SIZE), "white" if self.on else "black")
+
+
+def lamp(deal, saved=("on",)):
+    """A LampEnv with another deal()."""
+    game = type("LampEnv", (LampEnv,), {"deal": deal, "saved": saved})
+    return game()
+
+
+@pytest.mark.parametrize("value, message", [
+    (np.int64(1), "LampEnv.on is a numpy int64, which JSON cannot hold: write self.on = int(...)"),
+    (np.bool_(1), "LampEnv.on is a numpy bool, which JSON cannot hold: write self.on = bool(...)"),
+    (np.float32(1), "LampEnv.on is a numpy float32, which JSON cannot hold: "
+                    "write self.on = float(...)"),
+    (np.zeros(2), "LampEnv.on is a numpy ndarray, which JSON cannot hold: "
+                  "write self.on = array.tolist()"),
+    ((1, 2), "LampEnv.on is a tuple, which JSON cannot hold: write self.on = list(...)"),
+    ([1, {"a": np.int64(1)}], "LampEnv.on holds a numpy int64, which JSON cannot hold: "
+                              "write int(...)"),
+    ({1: 2}, "LampEnv.on is a dict, which JSON cannot hold: "
+             "use int, float, bool, str, None, and lists and dicts (keys: str) of these"),
+])
+def test_what_json_cannot_hold_is_said_at_the_first_reset(value, message):
+    def deal(self):
+        self.on = value
+
+    with pytest.raises(TypeError) as error:
+        lamp(deal).reset(seed=0)
+    assert str(error.value) == message
+
+
+def test_what_a_checkpoint_would_lose_is_said_at_the_first_reset():
+    def deal(self):
+        self.on = True
+        self.color = "red"
+
+    with pytest.raises(TypeError, match=r"LampEnv.deal\(\) sets self.color, which a checkpoint would "
+                                        r"lose: add 'color' to LampEnv.saved, or call it self._color"):
+        lamp(deal).reset(seed=0)
+    with pytest.raises(TypeError, match=r"LampEnv.saved names 'off', but deal\(\) sets no self.off"):
+        lamp(deal, saved=("on", "color", "off")).reset(seed=0)
+    with pytest.raises(TypeError, match=r"LampEnv.saved is a text, not a tuple: write \('on',\)"):
+        lamp(deal, saved="on").reset(seed=0)
+    with pytest.raises(TypeError, match="LampEnv.deal.. sets self.on, which a checkpoint would lose"):
+        lamp(deal, saved=env.Game.saved).reset(seed=0)  # a class that says nothing of `saved`
+    lamp(deal, saved=("on", "color")).reset(seed=0)
+
+
+def test_private_attributes_and_json_values_pass():
+    def deal(self):
+        self.on = {"a": [None, True, 1, 0.5, "text", np.float64(1)]}
+        self._cache = {1, 2}
+        self.marks = [("lamp", (0, 0, 9, 9))]
+
+    game = lamp(deal)
+    game.reset(seed=0)
+    assert json.loads(json.dumps(game.snapshot()))["on"] == game.on and not hasattr(game, "cache")
+
+
+def test_what_json_cannot_hold_later_is_said_by_the_snapshot():
+    game = LampEnv()
+    game.reset(seed=0)
+    game.on = np.int64(1)
+    with pytest.raises(TypeError, match="LampEnv.on is a numpy int64"):
+        game.snapshot()
+
+
+def test_numpy_rewards_and_ends_do_not_reach_a_checkpoint():
+    class NumpyEnv(LampEnv):
+        def play(self, action):
+            return np.float32(1), np.bool_(True), np.bool_(False)
+
+    game = NumpyEnv()
+    game.reset(seed=0)
+    game.step(0)
+    kept = json.loads(json.dumps(game.snapshot()))
+    assert kept["over"] is True and kept["episode_return"] == 1
+
+
+def test_a_snapshot_does_not_change_when_the_game_goes_on():
+    game = env.BlackjackEnv()
+    game.reset(seed=1)
+    kept = game.snapshot()
+    before = json.dumps(kept)
+    for _ in range(2):  # a search goes on from the same snapshot many times
+        game.restore(kept)
+        game.step(1)
+        assert json.dumps(kept) == before
+
+
+def test_snapshots_hold_what_the_class_names():
+    for name in GAMES:
+        game = env.GAMES[name]()
+        game.reset(seed=0)
+        assert set(game.snapshot()) == {"over", "episode_return", "chance", *game.saved}
+
+
+def test_other_observations_are_refused_by_name():
+    with pytest.raises(ValueError, match="obs 'picture' is not one of image, marked, text"):
+        env.BlackjackEnv(obs="picture")
+
+
+def test_a_games_specification_can_be_written_and_read():
+    for name in GAMES:
+        game = gym.make(env.env_id(name), obs="text")
+        again = gym.make(gym.envs.registration.EnvSpec.from_json(game.spec.to_json()))
+        assert type(again.unwrapped) is env.GAMES[name] and again.unwrapped.obs == "text"
+
+
+def test_a_class_of_another_file_registers(monkeypatch):
+    monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
+    env.register(LampEnv)
+    games = env.Games("lamp,blackjack", 3, seed=0)
+    assert [info["env"] for info in games.infos] == ["lamp", "blackjack", "lamp"]
+    result = games.step([env.expert_action(info) for info in games.infos])
+    assert result["rewards"][[0, 2]].tolist() == [1, 1]
+
+
+# -- the terminal, and what happens without ALFWorld --------------------------------------------------
+
+
+def test_a_game_is_played_in_the_terminal(tmp_path):
+    done = python("env.py", "--env", "numberline", "--seed", "0", "--picture", str(tmp_path / "a.png"),
+                  stdin="nonsense\n" + "+\n" * 5 + "-\n" * 5)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "that is not one of the actions" in done.stdout and "reward +1" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("return ") and (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--seed", "x"], ["--env", "chess"],
+                                       ["--picture", "nowhere/game.png"]])
+def test_bad_input_is_one_line(arguments):
+    done = python("env.py", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("env.py: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_alfworlds_packages_only_alfworld_is_missing(tmp_path):
+    for package in ("alfworld", "textworld", "fast_downward"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('broken')")
+    path = str(tmp_path)
+
+    code = ("import prompts, env, sys, gymnasium\n"
+            "gymnasium.make('GymCards/Blackjack-v0').reset(seed=0)\n"
+            "prompts.corpus(episodes=1)\n"
+            "assert not {'alfworld', 'textworld', 'fast_downward'} & set(sys.modules)")
+    done = python("-c", code, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+
+    done = python("-c", "import env; env.ALFWorldEnv()", PYTHONPATH=path)
+    line = ("--env alfworld needs its packages: pip install alfworld==0.4.2 "
+            "(see README: it builds from source and needs a compiler)")
+    assert done.stderr.splitlines()[-1] == f"ValueError: {line}"
+    done = python("env.py", "--env", "alfworld", PYTHONPATH=path)
+    assert done.returncode == 2 and done.stderr == f"env.py: error: {line}\n"

@@ -1,6 +1,4 @@
 """The model: sampling and scoring agree, special tokens never appear, batching changes nothing."""
-from contextlib import nullcontext
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import env
 import prompts
-from policy import VLMPolicy, load_model, sample, shrink
+from policy import FastVLMPolicy, VLMPolicy, load_model, shrink
 
 torch.set_num_threads(1)
 
@@ -20,16 +18,30 @@ def states(name, n=6):
     return np.stack(pictures), [prompts.build_prompt(info) for info in infos], list(infos)
 
 
-@pytest.fixture(scope="module")
-def policy():
+def build(policy_class):
     torch.manual_seed(0)
-    policy = VLMPolicy(*load_model("tiny"), temperature=0.7, max_new_tokens=24)
+    policy = policy_class(*load_model("tiny"), temperature=0.7, max_new_tokens=24)
     policy.add_lora(4, 8)
     for name, p in policy.model.named_parameters():  # an adapter that does something
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
     policy.standardise(demonstrations(policy, "blackjack", 16))
     return policy
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return build(VLMPolicy)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return build(FastVLMPolicy)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def policy(request):
+    return request.getfixturevalue(request.param)
 
 
 def demonstrations(policy, name, n=6):
@@ -53,17 +65,19 @@ def test_act_and_evaluate_agree(policy, name):
         torch.testing.assert_close(getattr(scores, field).detach(), sampled, atol=1e-4, rtol=0)
 
 
-def test_finished_answers_leave_the_batch_and_keep_their_scores(policy):
+def test_answers_of_different_lengths_keep_their_scores(policy):
     # An easy end of sequence makes answers of very different lengths.
-    policy.forbidden[list(policy.eos)] = 5.0
+    policy.forbidden[policy.eos_ids] = 5.0
     try:
         pictures, texts, _ = states("points24", 16)
         answers = policy.act(pictures, texts)
         scores = policy.evaluate(answers)
     finally:
-        policy.forbidden[list(policy.eos)] = 0.0
+        policy.forbidden[policy.eos_ids] = 0.0
     assert len({len(answer.tokens) for answer in answers}) > 3
-    # (scored after the reset of `forbidden` this would differ; the agreement below is under the same one)
+    for answer in answers:  # an end of sequence ends an answer, and nothing else
+        assert not set(answer.tokens[:-1].tolist()) & set(policy.eos_ids)
+        assert len(answer.tokens) == 24 or answer.tokens[-1] in policy.eos_ids
     total = torch.tensor([a.logp_cot + a.logp_action for a in answers])
     torch.testing.assert_close((scores.logp_cot + scores.logp_action).detach(), total, atol=1e-4, rtol=0)
 
@@ -78,10 +92,11 @@ def test_left_padding_and_batching_change_nothing(policy):
             assert abs(getattr(together, field)[i] - getattr(alone, field)[0]) < 1e-4
 
 
-def test_prompts_read_once_and_pictures_shrunk_at_once_are_what_the_processor_makes(policy):
+def test_prompts_read_once_and_pictures_shrunk_at_once_are_what_the_processor_makes(fast):
     pictures, texts, _ = states("points24")
+    policy, small = fast, shrink(pictures, 100, 100).permute(0, 2, 3, 1).numpy()
     for _ in range(2):  # the second time every prompt is known
-        for picture, text, inputs in zip(shrink(pictures, 100, 100).numpy(), texts, policy.encode(pictures, texts)):
+        for picture, text, inputs in zip(small, texts, policy.encode(pictures, texts)):
             asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
             alone = policy.processor(images=[picture], text=[policy.processor.apply_chat_template(asked, add_generation_prompt=True)], return_tensors="pt")
             assert alone.keys() == inputs.keys()
@@ -94,18 +109,12 @@ def test_special_tokens_are_never_sampled(policy):
     image = model.config.image_token_id
     with torch.no_grad():
         logp = policy.log_probs(torch.full((1, model.config.text_config.vocab_size), 0.0).index_fill(1, torch.tensor([image]), 1e4))
-    assert logp[0, image] == -torch.inf and torch.isfinite(logp[0, list(policy.eos)]).all()
+    assert logp[0, image] == -torch.inf and torch.isfinite(logp[0, policy.eos_ids]).all()
     assert torch.isclose(logp.exp().sum(), torch.tensor(1.0))
 
 
-def test_sampling_follows_the_probabilities():
-    torch.manual_seed(0)
-    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = torch.bincount(sample(p.log().expand(100_000, -1))[:, 0], minlength=6) / 100_000
-    assert (drawn[p == 0] == 0).all() and (drawn - p).abs().max() < 0.01
-
-
-def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(policy):
+def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(fast):
+    policy = fast
     before = {name: x.clone() for name, x in policy.state_dict().items()}
     layer = next(m for m in policy.modules() if isinstance(m, LoraLayer))
     x = torch.randn(2, 3, layer.in_features)
@@ -118,25 +127,41 @@ def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(poli
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
 
 
-def test_the_last_mlp_is_computed_only_where_it_is_read(policy):
+def test_the_last_mlp_is_computed_only_where_it_is_read(fast):
+    policy = fast
     batch, seen = policy.collate([answer.inputs for answer in demonstrations(policy, "points24")]), []
     linear = policy.model.get_decoder().layers[-1].mlp.up_proj
     hook = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
-    whole, kept, again = policy.model(**batch).logits, policy(batch, 3).logits, policy.model(**batch).logits
+    whole = policy.backbone(**batch).last_hidden_state
+    kept = policy.hidden_states(batch, 3)
+    again = policy.backbone(**batch).last_hidden_state
     hook.remove()
     assert seen == [whole.shape[1], 3, whole.shape[1]] and torch.equal(whole, again)
     torch.testing.assert_close(kept, whole[:, -3:], atol=1e-4, rtol=0)
 
 
-def test_gradients_through_merged_weights_are_those_of_the_adapter(policy, monkeypatch):
-    answers, gradients = demonstrations(policy, "blackjack"), []
-    for merged in (policy.merged, nullcontext):
-        monkeypatch.setattr(policy, "merged", merged)
-        scores = policy.evaluate(answers)
-        (scores.logp_cot + scores.logp_action + scores.value).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for n, p in policy.named_parameters() if "lora_" in n]))
+@pytest.mark.parametrize("name", ["blackjack", "points24"])
+def test_plain_and_fast_give_the_same_tokens_scores_and_gradients(name, plain, fast):
+    sampled = []
+    for policy in (plain, fast):
+        torch.manual_seed(1)
+        sampled.append(policy.act(*states(name)[:2]))
+    for one, other in zip(*sampled):
+        assert torch.equal(one.tokens, other.tokens)
+        assert one.num_cot_tokens == other.num_cot_tokens and one.text == other.text
+        for field in ("logp_cot", "logp_action", "value"):
+            assert abs(getattr(one, field) - getattr(other, field)) < 1e-4
+
+    scores, gradients = [], []
+    for policy in (plain, fast):
+        scores.append(policy.evaluate(demonstrations(policy, name)))
+        (scores[-1].logp_cot + scores[-1].logp_action + scores[-1].value).sum().backward()
+        trained = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        gradients.append(torch.cat(trained))
         policy.zero_grad(set_to_none=True)
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    for one, other in zip(*(vars(score).values() for score in scores)):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
 
 def test_an_adapter_switched_off_stays_off(policy):
@@ -157,22 +182,23 @@ def test_an_adapter_switched_off_stays_off(policy):
 @pytest.mark.parametrize("name", env.GAMES)
 def test_the_action_begins_where_the_text_says(policy, name):
     for answer in demonstrations(policy, name):
-        tail = policy.tokenizer.decode(answer.tokens[answer.action_at:], skip_special_tokens=True)
-        head = policy.tokenizer.decode(answer.tokens[:answer.action_at], skip_special_tokens=True)
+        tail = policy.decode(answer.tokens[answer.num_cot_tokens:].tolist())
+        head = policy.decode(answer.tokens[:answer.num_cot_tokens].tolist())
         assert '"action":' not in head and 'action": "' in tail and head + tail == answer.text
         # no token more than the one that the key begins in
-        assert prompts.action_start(answer.text) - len(head) < len(policy.tokenizer.decode(answer.tokens[answer.action_at: answer.action_at + 1]))
+        first = answer.tokens[answer.num_cot_tokens: answer.num_cot_tokens + 1]
+        assert prompts.action_start(answer.text) - len(head) < len(policy.decode(first.tolist()))
 
 
 def test_an_answer_without_an_action_is_all_thought(policy):
     pictures, texts, _ = states("blackjack", 1)
     answer, = policy.demonstrate(pictures, texts, ['{"thoughts": "hm"}'])
-    assert answer.action_at == len(answer.tokens) and policy.evaluate([answer]).logp_action.item() == 0
+    assert answer.num_cot_tokens == len(answer.tokens) and policy.evaluate([answer]).logp_action.item() == 0
 
 
 def test_each_step_is_scored_under_its_own_prompt(policy):
     one, other = demonstrations(policy, "ezpoints", 2)
-    swapped = type(one)(other.inputs, one.tokens, one.action_at, one.text)
+    swapped = type(one)(other.inputs, one.tokens, one.num_cot_tokens, one.text)
     assert policy.evaluate([one]).logp_cot != policy.evaluate([swapped]).logp_cot
 
 
@@ -200,8 +226,9 @@ def test_the_value_head_sees_every_component_of_a_state_at_one_scale(policy):
 def test_save_and_load(policy, tmp_path):
     policy.save(tmp_path)
     assert not [f for f in tmp_path.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")]
-    again = VLMPolicy(*load_model("tiny"), temperature=0.7)
+    again = type(policy)(*load_model("tiny"), temperature=0.7)
     again.load(tmp_path)
     answers = demonstrations(policy, "blackjack")
-    for one, other in zip(vars(policy.evaluate(answers)).values(), vars(again.evaluate(answers)).values()):
-        torch.testing.assert_close(one, other)
+    scores = vars(policy.evaluate(answers)).values()
+    for one, other in zip(scores, vars(again.evaluate(answers)).values()):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -2,20 +2,52 @@
 import math
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from policy import Scores
-from ppo import Rollout, action_log_prob, auto_cot_scale, compute_gae, explained_variance, loss_terms, ppo_update
+from ppo import (
+    Rollout,
+    action_log_prob,
+    auto_cot_scale,
+    compute_gae,
+    explained_variance,
+    ppo_loss,
+    ppo_update,
+    token_ratio_loss,
+)
 
 
 def rollout(rewards, values, next_values, terminated, truncated, answers=(), logp=None):
+    """A `Rollout` of one environment, from lists."""
     shape = (len(rewards), 1)
-    f = lambda x: torch.tensor(x, dtype=torch.float32).reshape(shape)  # noqa: E731
-    b = lambda x: torch.tensor(x, dtype=torch.bool).reshape(shape)  # noqa: E731
-    logp = torch.zeros(shape) if logp is None else logp.reshape(shape)
-    return Rollout(list(answers), torch.zeros(shape), logp, f(values), f(next_values), f(rewards), b(terminated), b(truncated))
+
+    def numbers(x):
+        return torch.tensor(x, dtype=torch.float32).reshape(shape)
+
+    def flags(x):
+        return torch.tensor(x, dtype=torch.bool).reshape(shape)
+
+    return Rollout(
+        answers=list(answers),
+        logp_cot=torch.zeros(shape),
+        logp_action=torch.zeros(shape) if logp is None else logp.reshape(shape),
+        values=numbers(values),
+        next_values=numbers(next_values),
+        rewards=numbers(rewards),
+        terminated=flags(terminated),
+        truncated=flags(truncated),
+    )
+
+
+def settings(**changes):
+    """What train.py's flags hold for `ppo_update`, with some changes."""
+    values = dict(
+        gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4, minibatch=16, microbatch=64,
+        value_coef=0.5, kl_coef=0.0, max_grad_norm=10.0, target_kl=0.0)
+    return SimpleNamespace(**values | changes)
 
 
 def test_gae_by_hand():
@@ -58,7 +90,6 @@ class Bandit(torch.nn.Module):
         self.logits, self.v = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(()))
 
     def evaluate(self, answers):
-        from policy import Scores
         logp = self.logits.log_softmax(0)[torch.tensor(answers)]
         return Scores(torch.zeros_like(logp), logp, self.v.expand(len(answers)), torch.zeros(len(answers)))
 
@@ -72,8 +103,7 @@ def bandit_rollout(policy, n=32):
 
 def update(policy, **kwargs):
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-    return ppo_update(policy, optimizer, bandit_rollout(policy), cot_scale=0.3,
-                      **{"max_grad_norm": 10.0, "minibatch": 16} | kwargs)
+    return ppo_update(policy, optimizer, bandit_rollout(policy), 0.3, settings(**kwargs))
 
 
 def test_the_update_prefers_the_better_action_and_learns_the_value():
@@ -106,7 +136,8 @@ def test_clipped_samples_give_no_gradient():
     policy = Bandit()
     r = bandit_rollout(policy)
     r.logp_action = r.logp_action - torch.tensor([-1.0, 1.0] * 16)[:, None]  # ratios beyond the clip, the advantage's way
-    ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=1, minibatch=32, value_coef=0.0)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    ppo_update(policy, optimizer, r, 0.3, settings(epochs=1, minibatch=32, value_coef=0.0))
     assert policy.logits.abs().max() == 0
 
 
@@ -116,9 +147,10 @@ def test_target_kl_ends_the_update():
         evaluate = policy.evaluate
         r = bandit_rollout(policy)
         policy.evaluate = lambda answers: calls.append(len(answers)) or evaluate(answers)
-        ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=5, minibatch=16, target_kl=target_kl)
+        optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+        ppo_update(policy, optimizer, r, 0.3, settings(epochs=5, max_grad_norm=0.5, target_kl=target_kl))
         return len(calls)
-    assert mini_batches(None) == 10 and mini_batches(1e-9) == 2  # the first has no KL yet
+    assert mini_batches(0.0) == 10 and mini_batches(1e-9) == 2  # the first has no KL yet
 
 
 def test_broken_mini_batches_are_skipped_and_too_many_stop_the_update():
@@ -126,11 +158,14 @@ def test_broken_mini_batches_are_skipped_and_too_many_stop_the_update():
     r = bandit_rollout(policy)
     r.logp_action[0] = torch.nan
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-    stats = ppo_update(policy, optimizer, r, cot_scale=0.3, epochs=3, minibatch=4)
+    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=3, minibatch=4))
     assert stats["skipped"] == 3 and policy.logits.isfinite().all() and math.isfinite(stats["policy_loss"])
     r.logp_action[:] = -50.0  # every ratio explodes
-    with pytest.raises(FloatingPointError):
-        ppo_update(policy, optimizer, r, cot_scale=0.3, epochs=3, minibatch=4)
+    with pytest.raises(FloatingPointError, match="in a row"):
+        ppo_update(policy, optimizer, r, 0.3, settings(epochs=3, minibatch=4))
+    with pytest.raises(FloatingPointError, match="every mini-batch"):  # too few to be many in a row
+        ppo_update(policy, optimizer, r, 0.3, settings(epochs=1, minibatch=16))
+    assert policy.logits.isfinite().all()
 
 
 def test_the_penalty_draws_the_thoughts_back_to_the_sft_policy():
@@ -144,7 +179,8 @@ def test_the_penalty_draws_the_thoughts_back_to_the_sft_policy():
     r.logp_cot, r.rewards = torch.full((32, 1), math.log(0.5)), torch.zeros(32, 1)  # no advantage pulls elsewhere
     r.logp_action = torch.zeros(32, 1)
     r.sft_logp_cot = torch.tensor([0.2, 0.8] * 16).log()[:, None]
-    stats = ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=50, minibatch=32, kl_coef=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=50, minibatch=32, kl_coef=1.0))
     assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["kl_to_sft"] > 0
 
 
@@ -157,7 +193,6 @@ class Linear(torch.nn.Module):
         self.layer = torch.nn.Linear(5, 3)
 
     def evaluate(self, answers):
-        from policy import Scores
         cot, action, value = self.layer(torch.stack(answers)).unbind(-1)
         return Scores(cot, action, value, torch.zeros(len(answers)))
 
@@ -174,7 +209,8 @@ def linear_update(rank, ranks, port, answers, rewards, result):
     never = torch.zeros(shape, dtype=torch.bool)
     r = Rollout(flat, *[x.reshape(shape) for x in (scores.logp_cot, scores.logp_action, scores.value)],
                 torch.zeros(shape), rewards[:, mine], ~never, never)
-    stats = ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.1), r, cot_scale=0.3, epochs=3, minibatch=24, max_grad_norm=0.1)
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=3, minibatch=24, max_grad_norm=0.1))
     torch.save((policy.layer.weight.detach(), stats), f"{result}-{ranks}-{rank}")
     if ranks > 1:
         torch.distributed.destroy_process_group()
@@ -209,11 +245,30 @@ def test_the_automatic_cot_scale_gives_both_parts_the_same_noise():
 
 
 def test_with_one_ratio_a_token_each_token_is_clipped_alone():
-    scores = Scores(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.zeros(1), torch.zeros(1),
-                    logps=torch.tensor([[-1.0, -1.0, 0.0]]).requires_grad_(), written=torch.tensor([[True, True, False]]))
-    old = {"advantage": torch.ones(1), "return": torch.zeros(1), "value": torch.zeros(1), "logp": torch.zeros(1),
-           "logps": torch.tensor([[-1.0, -2.0, 0.0, 0.0]])}
-    loss = loss_terms(scores, old, 0.3, 0.1, 0.2)["policy_loss"]
+    token_logps = torch.tensor([[-1.0, -1.0, 0.0]]).requires_grad_()
+    scores = Scores(
+        torch.tensor([-1.0]), torch.tensor([-1.0]), torch.zeros(1), torch.zeros(1),
+        token_logps=token_logps, token_mask=torch.tensor([[True, True, False]]))
+    old = {"advantage": torch.ones(1), "token_logps": torch.tensor([[-1.0, -2.0, 0.0, 0.0]])}
+    loss = token_ratio_loss(scores, old, clip=0.1)["policy_loss"]
     loss.sum().backward()
-    assert loss.item() == pytest.approx(-(1 + 1.1) / 2)       # the second token's ratio e is clipped to 1.1
-    assert scores.logps.grad.tolist() == [[-0.5, 0.0, 0.0]]  # and has no gradient; nor has what was never written
+    assert loss.item() == pytest.approx(-(1 + 1.1) / 2)  # the second token's ratio e is clipped to 1.1
+    assert token_logps.grad.tolist() == [[-0.5, 0.0, 0.0]]  # it has no gradient, nor has the padding
+
+
+def test_the_loss_by_hand():
+    new = Scores(
+        logp_cot=torch.tensor([-2.0, -1.0]), logp_action=torch.tensor([-1.0, -0.5]),
+        value=torch.tensor([1.0, 0.2]), entropy=torch.zeros(2))
+    old = {"log_prob": torch.tensor([-2.0, -1.0]), "advantage": torch.tensor([2.0, -1.0]),
+           "value": torch.tensor([0.0, 0.0]), "return": torch.tensor([2.0, 1.0])}
+    losses = ppo_loss(new, old, cot_scale=0.5, clip=0.1, value_clip=0.5)
+    # log pi = 0.5 * -2 - 1 = -2 and 0.5 * -1 - 0.5 = -1: both ratios are 1
+    assert losses["policy_loss"].tolist() == [-2.0, 1.0]
+    # V: 1 is clipped to 0.5, whose error (0.5 - 2)^2 is the larger one; 0.2 stays
+    assert losses["value_loss"].tolist() == pytest.approx([0.5 * 1.5 ** 2, 0.5 * 0.8 ** 2])
+
+    old["log_prob"] = torch.tensor([-2.0 - math.log(1.5), -1.0 - math.log(1.5)])
+    losses = ppo_loss(new, old, cot_scale=0.5, clip=0.1, value_clip=0.5)
+    assert losses["policy_loss"].tolist() == pytest.approx([-1.1 * 2, 1.5])  # only a gain is clipped
+    assert losses["clipfrac"].tolist() == [1.0, 1.0]
