@@ -5,8 +5,8 @@
     image, reward, terminated, truncated, info = env.step(info["legal_actions"].index("hit"))
 
 `info`, at every reset and step, holds `legal_actions` (list of str; an action is an index into it),
-`success` (bool) and the true state behind the picture. The model never sees the state; prompts and
-experts do.
+`action_mask` (what `env.action_space.sample(mask)` takes), `success` (bool) and the true state
+behind the picture. The model never sees the state; prompts and experts do.
 
 Read `Game`, `BlackjackEnv` and `Games`. The other games have the same form. Everything below the
 line "Machinery" can wait: drawing, the best play of each game, and ALFWorld.
@@ -42,6 +42,7 @@ OBSERVATIONS = ("image", "marked", "text")
 CARD_RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 SUITS = ["S", "H", "D", "C"]
 NUMBERS = [str(n) for n in range(1, 11)]
+BLANK = "_"  # takes a place in a formula, and means nothing
 
 PAPER = "#f4f1ea"
 INK = "#101820"
@@ -66,8 +67,9 @@ class Game(gym.Env):
     draw()         returns the picture, a new PIL image of SIZE x SIZE
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
-    `info` always has `env` (the name), `obs`, `legal_actions` (list of str) and `success` (bool:
-    the episode is over and its return is positive), and all keys of state().
+    `info` always has `env` (the name), `obs`, `legal_actions` (list of str), `action_mask` (int8: 1
+    for each index of a legal action, then 0) and `success` (bool: the episode is over and its
+    return is positive), and all keys of state().
 
     obs: "image"; "marked", a picture in which boxes with labels show what matters; or "text", a
     grey picture (the prompt then tells the state in words).
@@ -116,16 +118,28 @@ class Game(gym.Env):
             last = self.action_space.n - 1
             raise gym.error.InvalidAction(f"{action!r} is not an action: an integer, 0 to {last}")
 
-        reward, terminated, truncated = self.play(self.legal_actions()[action])
+        reward, terminated, truncated = self.play(self.action_of(action))
         self.episode_return += float(reward)
         self.over = bool(terminated or truncated)
         return self.render(), float(reward), terminated, truncated, self._info()
 
+    def action_of(self, index):
+        """The legal action (str) of an index in the action space."""
+        legal_actions = self.legal_actions()
+        if index >= len(legal_actions):
+            last = len(legal_actions) - 1
+            raise gym.error.InvalidAction(f"{index!r} is not a legal action: these are 0 to {last}")
+        return legal_actions[index]
+
     def _info(self):
+        legal_actions = self.legal_actions()
+        mask = np.zeros(self.action_space.n, np.int8)
+        mask[:len(legal_actions)] = 1
         info = {
             "env": self.name,
             "obs": self.obs,
-            "legal_actions": self.legal_actions(),
+            "legal_actions": legal_actions,
+            "action_mask": mask,
             "success": bool(self.over and self.episode_return > 0),
         }
         return info | self.state()
@@ -163,7 +177,7 @@ class BlackjackEnv(Game):
     """Blackjack by Gymnasium's rules: infinite deck, no bonus for a natural.
 
     The dealer draws up to 17, and stands on a soft 17. Reward: +1, 0 or -1 for a win, a draw or a
-    loss. State: `player` (cards such as "10H"), `player_total` (one ace counts 11 if that does not
+    loss. State: `player` (cards such as "JH"), `player_total` (one ace counts 11 if that does not
     bust), `dealer_card`.
     """
     name = "blackjack"
@@ -229,8 +243,12 @@ class BlackjackEnv(Game):
 
 
 def random_cards(rng, count):
-    """Draw `count` cards, such as "AS" or "10H", from an infinite deck."""
-    return random_suits(rng, rng.integers(0, 13, count))
+    """Draw `count` cards, such as "AS" or "JH", from an infinite deck: a 10 shows as J, Q or K."""
+    ranks = rng.integers(0, 13, count)
+    for i, rank in enumerate(ranks):
+        if CARD_RANKS[rank] == "10":
+            ranks[i] = rng.integers(10, 13)
+    return random_suits(rng, ranks)
 
 
 def random_suits(rng, ranks):
@@ -321,12 +339,13 @@ class PointsGame(Game):
     """Write a formula, one entry a step, that uses each card once and equals `target`; `=` ends it.
 
     Reward: 10 for `=` after a right formula, -1 after a wrong one. -1 for a number that is not on
-    an unused card; it is written down all the same and spoils the formula. 0 for other entries.
-    After `max_entries` entries, one more truncates the episode with -1.
-    A counts 1; J, Q and K count 10.
+    an unused card: instead of it a blank, `_`, takes the next place, and means nothing. 0 for other
+    entries. When more than `max_entries` places are taken, any action, `=` too, truncates the
+    episode with -1. A counts 1; J, Q and K count 10.
 
-    State: `cards` (such as "10H"), `numbers` (int), `formula` (list of str, the entries so far).
-    A subclass sets `target` and `max_entries`, and chooses the cards in deal_ranks().
+    State: `cards` (such as "10H"), `numbers` (int), `formula` (list of str, the entries so far;
+    "_" is a blank). A subclass sets `target` and `max_entries`, and chooses the cards in
+    deal_ranks().
     """
     saved = ("cards", "numbers", "formula")
     target: int
@@ -338,24 +357,26 @@ class PointsGame(Game):
         self.formula = []
 
     def play(self, action):
-        used = [int(entry) for entry in self.formula if entry in NUMBERS]
+        # Too many places are taken
+        if len(self.formula) > self.max_entries:
+            return -1, False, True
 
         # The formula is handed in
+        used = [int(entry) for entry in self.formula if entry in NUMBERS]
         if action == "=":
             uses_each_card_once = sorted(used) == sorted(self.numbers)
             if uses_each_card_once and evaluate_formula(self.formula) == self.target:
                 return 10, True, False
             return -1, True, False
 
-        # No place is left for another entry
-        if len(self.formula) == self.max_entries:
-            return -1, False, True
+        # The number is on no unused card: leave a blank
+        unused = Counter(self.numbers) - Counter(used)
+        if action in NUMBERS and int(action) not in unused:
+            self.formula.append(BLANK)
+            return -1, False, False
 
         # The entry is written down
         self.formula.append(action)
-        unused = Counter(self.numbers) - Counter(used)
-        if action in NUMBERS and int(action) not in unused:
-            return -1, False, False
         return 0, False, False
 
     def state(self):
@@ -367,8 +388,8 @@ class PointsGame(Game):
 
     @classmethod
     def expert(cls, info):
-        """The next entry of the shortest right formula; `=` if none can be reached any more."""
-        solution = solve(info["numbers"], cls.target, info["formula"])
+        """The next entry of the shortest right formula; `=` if none can be handed in any more."""
+        solution = solve(info["numbers"], cls.target, info["formula"], cls.max_entries)
         position = len(info["formula"])
         if solution is None or position == len(solution):
             return "="
@@ -403,18 +424,19 @@ class EZPointsEnv(PointsGame):
     max_entries = 5
 
     def deal_ranks(self):
-        """A uniform x in 2..10, and 12 - x; if 12 / x is whole, half of the time 12 / x instead."""
-        x = int(self.np_random.integers(2, 11))
-        y = 12 - x
-        if 12 % x == 0 and self.np_random.random() < 0.5:
-            y = 12 // x
+        # The first card: any rank but A. It counts 2 to 10.
+        first_rank = int(self.np_random.integers(1, 13))
+        number = min(first_rank + 1, 10)
 
-        ranks = []
-        for number in (x, y):
-            if number < 10:
-                ranks.append(number - 1)
-            else:
-                ranks.append(int(self.np_random.integers(9, 13)))  # 10, J, Q or K
+        # The second card makes 12 with it: by a product in half of the deals, where that can be
+        other = 12 - number
+        if number in (2, 3, 4, 6) and self.np_random.random() < 0.5:
+            other = 12 // number
+        ranks = [first_rank, CARD_RANKS.index(str(other))]
+
+        # In half of the deals they change places
+        if self.np_random.random() < 0.5:
+            ranks.reverse()
         return ranks
 
 
@@ -821,16 +843,18 @@ SYNTAX = {
 def evaluate_formula(entries):
     """Exact value (Fraction) of a formula such as ["8", "/", "(", "3", "-", "1", ")"].
 
-    The formula has numbers, + - * / and brackets, but no minus sign in front of a number. Returns
-    None if it is malformed, divides by zero, or has more than MAX_ENTRIES entries.
+    The formula has numbers, + - * / and brackets, but no minus sign in front of a number. Blanks
+    mean nothing. Returns None if it is malformed, divides by zero, or has more than MAX_ENTRIES
+    entries.
     """
-    allowed = {*NUMBERS, *OPERATORS, "(", ")"}
+    allowed = {*NUMBERS, *OPERATORS, "(", ")", BLANK}
     if len(entries) > MAX_ENTRIES or not set(entries) <= allowed:
         return None
 
     # Let Python parse the text; this runs nothing
+    text = " ".join(entry for entry in entries if entry != BLANK)
     try:
-        tree = ast.parse(" ".join(entries), mode="eval")
+        tree = ast.parse(text, mode="eval")
     except SyntaxError:
         return None
     return tree_value(tree.body)
@@ -852,25 +876,172 @@ def tree_value(node):
     return SYNTAX[type(node.op)](left, right)
 
 
-def solve(numbers, target, formula=()):
+def solve(numbers, target, formula=(), max_entries=MAX_ENTRIES):
     """The shortest formula over all of `numbers` that equals `target` and begins with `formula`.
 
-    Returns a tuple of entries, or None if there is none.
+    Returns a tuple of entries, or None if there is none of at most `max_entries`. The blanks of
+    `formula` are among its first entries, and take their places.
     """
-    beginning = tuple(formula)
-    for solution in solutions(tuple(sorted(numbers)), target):
-        if solution[:len(beginning)] == beginning:
-            return solution
-    return None
+    if len(formula) > max_entries:
+        return None
+    written = tuple(entry for entry in formula if entry != BLANK)
+    solution = shortest_formula(tuple(sorted(numbers)), target, written)
+    if solution is None:
+        return None
+
+    solution = (*formula, *solution[len(written):])
+    return solution if len(solution) <= max_entries else None
+
+
+@lru_cache(maxsize=100_000)
+def shortest_formula(numbers, target, beginning):
+    """`solve` for a sorted tuple `numbers` and a tuple `beginning` without blanks.
+
+    Of several that are equally short, it is the first in the order of Python's tuples.
+    """
+    # The best formula with a shorter beginning is still the best if it goes on in this way
+    if beginning:
+        earlier = shortest_formula(numbers, target, beginning[:-1])
+        if earlier is None or earlier[:len(beginning)] == beginning:
+            return earlier
+
+    state = read_beginning(beginning, numbers)
+    if state is None:
+        return None
+    rest = shortest_rest(*state, target, {})
+    return None if rest is None else beginning + rest
+
+
+# What is written so far is a list of levels: the formula's own, then one for each open bracket. A
+# level is (sum of its finished terms, value of its last term, sign that waits for an operand or "").
+# Floats are exact enough: with four cards a value is 24, or differs from it by 1/1000 or more.
+EMPTY_LEVEL = (0.0, 0.0, "+")
+
+
+def put_operand(level, value):
+    """The level after its sign got the operand `value`; None for a division by zero."""
+    total, term, sign = level
+    if sign == "+":
+        return total + term, value, ""
+    if sign == "-":
+        return total + term, -value, ""
+    if sign == "*":
+        return total, term * value, ""
+    if abs(value) < 1e-9:
+        return None
+    return total, term / value, ""
+
+
+def read_beginning(entries, numbers):
+    """Return (levels, numbers that are left), or None if no formula over `numbers` begins so."""
+    levels = [EMPTY_LEVEL]
+    left = list(numbers)
+    for entry in entries:
+        total, term, sign = levels[-1]
+        needs_operand = sign != ""
+
+        if entry == "(" and needs_operand:
+            levels.append(EMPTY_LEVEL)
+        elif entry in NUMBERS and needs_operand and int(entry) in left:
+            left.remove(int(entry))
+            levels[-1] = put_operand(levels[-1], float(entry))
+        elif entry in OPERATORS and not needs_operand:
+            levels[-1] = (total, term, entry)
+        elif entry == ")" and not needs_operand and len(levels) > 1:
+            levels.pop()
+            levels[-1] = put_operand(levels[-1], total + term)
+        else:
+            return None
+
+        if levels[-1] is None:
+            return None
+    return tuple(levels), tuple(left)
+
+
+def shortest_rest(levels, numbers, target, found):
+    """The shortest entries after which all of `numbers` are used and the value is `target`, or None.
+
+    A search over all that may follow. found: its results, (levels, numbers) -> entries, to begin
+    with an empty dict.
+    """
+    # The formula is complete
+    total, term, sign = levels[-1]
+    if not sign and not numbers and len(levels) == 1:
+        return () if abs(total + term - target) < 1e-6 else None
+
+    # The same levels and numbers come up again and again
+    if (levels, numbers) in found:
+        return found[levels, numbers]
+
+    # Try each way to go on, unless it is already too long
+    best = None
+    for entries, next_levels, left in ways_on(levels, numbers):
+        least_length = len(entries) + 2 * len(left) - 1 + len(next_levels) - 1
+        if best is not None and least_length > len(best):
+            continue
+        rest = shortest_rest(next_levels, left, target, found)
+        if rest is None:
+            continue
+        if best is None or length_then_order(entries + rest) < length_then_order(best):
+            best = entries + rest
+    found[levels, numbers] = best
+    return best
+
+
+def ways_on(levels, numbers):
+    """Yield all that may follow, as (entries, levels after them, numbers left after them)."""
+    outer = levels[:-1]
+    level = levels[-1]
+    total, term, sign = level
+
+    # An operand: a number, or some of the numbers in brackets
+    if sign:
+        for some, left in splits(numbers):
+            if level == EMPTY_LEVEL and not left and len(some) > 1:
+                continue  # brackets around all that stands there are of no use
+            for value, entries in operands(some):
+                next_level = put_operand(level, value)
+                if next_level is not None:
+                    yield entries, (*outer, next_level), left
+        return
+
+    # An operator, or a closing bracket
+    if numbers:
+        for next_sign in OPERATORS:
+            yield (next_sign,), (*outer, (total, term, next_sign)), numbers
+    if outer:
+        next_level = put_operand(outer[-1], total + term)
+        if next_level is not None:
+            yield (")",), (*outer[:-1], next_level), numbers
+
+
+def length_then_order(entries):
+    return len(entries), entries
 
 
 @cache
-def solutions(numbers, target):
-    """All formulas over the sorted tuple `numbers` that equal `target`, shortest first."""
-    # Find them with floats, which are fast, then check them exactly
-    close = {entries for value, _, entries in expressions(numbers) if abs(value - target) < 1e-6}
-    right = [entries for entries in close if evaluate_formula(entries) == target]
-    return sorted(right, key=lambda entries: (len(entries), entries))
+def splits(numbers):
+    """All ways to divide the tuple `numbers` into (numbers of the next operand, numbers left)."""
+    indices = range(len(numbers))
+    ways = set()
+    for size in range(1, len(numbers) + 1):
+        for picked in itertools.combinations(indices, size):
+            left = tuple(numbers[i] for i in indices if i not in picked)
+            ways.add((tuple(numbers[i] for i in picked), left))
+    return sorted(ways, key=lambda way: len(way[0]))  # short operands first
+
+
+@cache
+def operands(numbers):
+    """All operands over the sorted tuple `numbers`: (value, shortest entries). Most have brackets."""
+    shortest = {}
+    for value, precedence, entries in distinct_expressions(numbers):
+        if precedence < 3:
+            entries = ("(", *entries, ")")
+        key = round(value, 9)
+        if key not in shortest or length_then_order(entries) < length_then_order(shortest[key]):
+            shortest[key] = entries
+    return list(shortest.items())
 
 
 def expressions(numbers):

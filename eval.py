@@ -179,7 +179,7 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     games = env.Games(name, num_games, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
 
     # What to look for: all that the answer says before the action, but not the thoughts.
-    fields = dict(prompts.fields(games.infos[0], style))
+    fields = dict(prompts.answer_fields(games.infos[0], style))
     fields.pop("thoughts", None)
     if not fields:
         raise ValueError(f"--prompt {style} asks for no fields: there is nothing to recognise")

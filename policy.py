@@ -52,9 +52,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import env
-import prompts
+from prompts import CARD_TASKS, action_start, build_prompt, corpus
 
-# Tensors of a processor that have one entry for each token; all others belong to the picture
+# Tensors of a processor with one number for each token (the last two: which kind of token it is).
+# All other tensors belong to the picture.
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -64,12 +65,12 @@ class Answer:
 
     inputs: dict              # picture and prompt from the processor, unpadded, batch size 1
     tokens: torch.Tensor      # (L,) int64, with the end-of-sequence token if there is one
-    num_cot_tokens: int       # so many tokens are v_tht, the others v_act (none without an action)
+    num_cot_tokens: int       # the first num_cot_tokens tokens are v_tht, the rest is v_act
     text: str
     logp_cot: float = 0.0     # log p(v_tht | o, v_in), summed over tokens
     logp_action: float = 0.0  # log p(v_act | o, v_in, v_tht), summed over tokens
     value: float = 0.0        # V(o, v_in)
-    token_logps: torch.Tensor | None = None  # (L,) float64; None if the text was given
+    token_logps: torch.Tensor | None = None  # (L,) log p of each token; None for a demonstration
 
 
 @dataclass
@@ -100,15 +101,15 @@ class VLMPolicy(nn.Module):
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
 
-        # The language head computes in float32. In bfloat16 a logit has 8 bits: at a low
-        # temperature their rounding alone would take ratios past the clip range.
+        # The language head computes in float32. bfloat16 has 8 bits of precision: divided by a low
+        # temperature, the rounding of a logit alone could move a ratio out of the clip range.
         self.head = model.get_output_embeddings()
         if self.head.weight.dtype != torch.float32:
             self.head = copy.deepcopy(self.head).float().requires_grad_(False)
 
         # The value head is an MLP on the last hidden state of the prompt's last token (paper,
-        # appendix). Its first layer holds mean and variance of the hidden states, see
-        # `standardise`.
+        # appendix). Its first layer only subtracts a fixed mean and divides by a fixed deviation,
+        # which `standardise` sets.
         width = self.head.in_features
         self.value_head = nn.Sequential(
             nn.BatchNorm1d(width, affine=False),
@@ -118,7 +119,7 @@ class VLMPolicy(nn.Module):
         ).to(model.device).eval()
 
         self.eos_ids = end_of_sequence_ids(model, self.tokenizer)
-        forbidden = forbidden_tokens(self.head.out_features, self.tokenizer, self.eos_ids)
+        forbidden = forbidden_tokens(self.head.out_features, self.tokenizer, self.eos_ids)  # (V,)
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
 
         self.checkpointed_layers = []  # filled by `checkpoint_gradients`
@@ -127,13 +128,13 @@ class VLMPolicy(nn.Module):
     # -- Sampling ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def act(self, images, prompts):
+    def act(self, images, questions):
         """Sample an answer to each of N pictures and prompts; returns a list of N `Answer`.
 
-        images: (N, height, width, 3) uint8; prompts: N strings, v_in.
+        images: (N, height, width, 3) uint8; questions: N strings, the prompts v_in.
         """
         # 1. Turn pictures and prompts into tensors
-        inputs = self.encode(images, prompts)
+        inputs = self.encode(images, questions)
 
         # 2. Write all answers together, token by token
         tokens, token_logps, lengths, values = self.generate(self.collate(inputs))
@@ -141,8 +142,8 @@ class VLMPolicy(nn.Module):
         # 3. Cut each answer at its end, and sum the log-probabilities of its two parts
         answers = []
         for i in range(len(inputs)):
-            answer = self.make_answer(inputs[i], tokens[i, :lengths[i]].clone())
-            logps = token_logps[i, :lengths[i]].double()                       # (L,)
+            answer = self.make_answer(inputs[i], tokens[i, :lengths[i]])
+            logps = token_logps[i, :lengths[i]]                                # (L,)
             answer.token_logps = logps
             answer.logp_cot = logps[:answer.num_cot_tokens].sum().item()
             answer.logp_action = logps[answer.num_cot_tokens:].sum().item()
@@ -156,12 +157,12 @@ class VLMPolicy(nn.Module):
         Returns tokens (N, L) int64, their log-probabilities (N, L), the answers' lengths (N,) with
         the end-of-sequence token, and the values (N,) of the states; all on the CPU.
         """
-        # Read the prompts; the cache keeps their keys and values
+        # Read the prompts, and keep their keys and values in the cache. The prompts are padded on
+        # the left, so the last hidden state of a row is that of its prompt's last token.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
-        values = self.value_of(hidden)                                         # (N,)
-        position_shift = self.position_shift()
+        values = self.value_of(hidden[:, 0])                                   # (N,)
 
         num_answers = len(attention_mask)
         finished = torch.zeros(num_answers, dtype=torch.bool, device=hidden.device)
@@ -175,16 +176,14 @@ class VLMPolicy(nn.Module):
             token = torch.multinomial(log_probs.exp(), 1)                      # (N, 1)
             tokens.append(token)
             token_logps.append(log_probs.gather(1, token))
-            lengths += ~finished
+            lengths += ~finished  # the end-of-sequence token counts
             finished |= torch.isin(token[:, 0], eos_ids)
             if finished.all() or len(tokens) == self.max_new_tokens:
                 break
 
-            # Let the model read the token
+            # Let the model read this token; all tokens before it are in the cache
             attention_mask = pad(attention_mask, (0, 1), value=1)              # (N, tokens so far)
-            batch = {"input_ids": token, "attention_mask": attention_mask}
-            if position_shift is not None:
-                batch["position_ids"] = next_positions(attention_mask, position_shift)
+            batch = self.next_input(token, attention_mask)
             hidden = self.hidden_states(batch, keep=1, past_key_values=cache)  # (N, 1, D)
 
         tokens = torch.cat(tokens, 1).cpu()                                    # (N, L)
@@ -192,10 +191,11 @@ class VLMPolicy(nn.Module):
         return tokens, token_logps, lengths.cpu(), values.cpu()
 
     @torch.no_grad()
-    def value(self, images, prompts):
+    def value(self, images, questions):
         """V(o, v_in) of N states, shape (N,)."""
-        batch = self.collate(self.encode(images, prompts))
-        return self.value_of(self.hidden_states(batch, keep=1))
+        batch = self.collate(self.encode(images, questions))
+        hidden = self.hidden_states(batch, keep=1)                             # (N, 1, D)
+        return self.value_of(hidden[:, 0])
 
     # -- Scoring -----------------------------------------------------------------------------------
 
@@ -205,17 +205,22 @@ class VLMPolicy(nn.Module):
         batch = self.collate([answer.inputs for answer in answers])
         device = batch["input_ids"].device
         token_rows = [answer.tokens for answer in answers]
-        tokens = pad_sequence(token_rows, True, self.tokenizer.pad_token_id).to(device)   # (N, L)
+        tokens = pad_sequence(
+            token_rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        tokens = tokens.to(device)                                             # (N, L)
         lengths = torch.tensor([len(row) for row in token_rows], device=device)           # (N,)
         num_cot = torch.tensor([answer.num_cot_tokens for answer in answers], device=device)
         position = torch.arange(tokens.shape[1], device=device)                           # (L,)
         token_mask = position < lengths[:, None]                                          # (N, L)
         batch = append_tokens(batch, tokens, token_mask)
 
-        # 2. Run the model once. The hidden state before a token predicts it; the first one kept is
-        # that of the prompt's last token, from which the value is read before a word is written.
+        # 2. Run the model once, and keep L + 1 hidden states of each row. State 0 is that of the
+        # prompt's last token. State i predicts answer token i, and the last state predicts nothing:
+        #
+        #   padding | prompt ... last token | answer token 0 | ... | answer token L - 1
+        #             (left)   state 0        state 1                state L
         hidden = self.hidden_states(batch, keep=tokens.shape[1] + 1)           # (N, L + 1, D)
-        value = self.value_of(hidden)                                          # (N,)
+        value = self.value_of(hidden[:, 0])                                    # (N,)
         log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
 
         # 3. Sum the log-probabilities of the tokens, thoughts and action apart
@@ -225,14 +230,15 @@ class VLMPolicy(nn.Module):
         logp_cot = (token_logps * is_cot).sum(1)                               # (N,)
         logp_action = (token_logps * ~is_cot).sum(1)                           # (N,)
 
+        # The entropy is for the report. (Without the clamp a forbidden token gives 0 * -inf = NaN.)
         with torch.no_grad():
             token_entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(2)   # (N, L)
             entropy = token_entropy.masked_fill(~token_mask, 0).sum(1) / lengths    # (N,)
         return Scores(logp_cot, logp_action, value, entropy, token_logps, token_mask)
 
-    def demonstrate(self, images, prompts, texts):
+    def demonstrate(self, images, questions, texts):
         """Given texts instead of sampled answers, as a list of N `Answer` for `evaluate`."""
-        inputs = self.encode(images, prompts)
+        inputs = self.encode(images, questions)
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         answers = []
         for sample_inputs, row in zip(inputs, rows):
@@ -240,84 +246,78 @@ class VLMPolicy(nn.Module):
             answers.append(self.make_answer(sample_inputs, tokens))
         return answers
 
-    # -- The model in three steps: hidden states, then log-probabilities and the value
-    # ---------------
+    # -- The model in three steps: hidden states, then log-probabilities and the value -------------
 
     @property
     def backbone(self):
-        """The model without its language head, but with its adapter if there is one."""
-        if isinstance(self.model, PeftModel):
-            return self.model.get_base_model().base_model
-        return self.model.base_model
+        """The model without its language head. An adapter is inside the model's own layers."""
+        model = self.model
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()  # the model itself
+        return model.base_model             # without its head
 
     def hidden_states(self, batch, keep, past_key_values=None):
         """The last hidden states (N, keep, D), float32, of the last `keep` tokens of a batch."""
-        # The library checkpoints layers in training mode only; without checkpoints there are none
-        # here
-        for layer in self.checkpointed_layers:
-            layer.training = torch.is_grad_enabled()
+        self.prepare_checkpoints()
         use_cache = past_key_values is not None
         output = self.backbone(**batch, past_key_values=past_key_values, use_cache=use_cache)
         return output.last_hidden_state[:, -keep:].float()
 
     def log_probs(self, logits):
-        """Log-probabilities, float32, of the distribution that is sampled from; logits: (...,
-        V)."""
+        """Log-probabilities of the distribution that is sampled from; logits: (..., V) float32."""
         return torch.log_softmax(logits / self.temperature + self.forbidden, -1)
 
     def value_of(self, hidden):
-        """V (N,) from hidden states (N, keep, D), of which the first is that of the prompt's last
-        token."""
-        return self.value_head(hidden[:, 0]).squeeze(-1)
+        """V (N,) from the hidden states (N, D) of the prompts' last tokens."""
+        return self.value_head(hidden).squeeze(-1)
 
     @torch.no_grad()
-    def standardise(self, answers, microbatch=64):
-        """Show the value head the states of these `Answer`s with mean 0 and variance 1.
+    def standardise(self, inputs, microbatch=64):
+        """Set mean and variance in the value head's first layer.
 
-        Most of a hidden state is the same for all pictures, and a fresh head cannot find the rest.
+        inputs: many states, a list from `encode`. Most of a hidden state is the same for all
+        pictures. Standardised, its differences are large enough for a fresh head to learn from.
         """
         hidden = []
-        for i in range(0, len(answers), microbatch):
-            batch = self.collate([answer.inputs for answer in answers[i: i + microbatch]])
-            hidden.append(self.hidden_states(batch, keep=1)[:, 0])
-        hidden = torch.cat(hidden)                                             # (answers, D)
+        for i in range(0, len(inputs), microbatch):
+            batch = self.collate(inputs[i: i + microbatch])
+            hidden.append(self.hidden_states(batch, keep=1)[:, 0])             # (microbatch, D)
+        hidden = torch.cat(hidden)                                             # (states, D)
         self.value_head[0].running_mean = hidden.mean(0)
         self.value_head[0].running_var = hidden.var(0, correction=0)
 
-    # -- From pictures and texts to tensors
-    # ----------------------------------------------------------
+    # -- From pictures and texts to tensors --------------------------------------------------------
 
-    def encode(self, images, prompts):
-        """Process N pictures (N, height, width, 3) uint8 and prompts; a list of N
-        `Answer.inputs`."""
-        texts = [self.chat_text(prompt) for prompt in prompts]
+    def encode(self, images, questions):
+        """`Answer.inputs` for each of N pictures, (N, height, width, 3) uint8, and prompts."""
+        texts = [self.chat_text(question) for question in questions]
         bos = self.tokenizer.bos_token
         template_has_bos = bool(bos) and texts[0].startswith(bos)
         batch = self.processor(
             images=[[image] for image in images],
             text=texts,
-            add_special_tokens=not template_has_bos,
+            add_special_tokens=not template_has_bos,  # else there would be two of them
             padding=True,
             padding_side="left",
             return_tensors="pt",
         )
         lengths = batch["attention_mask"].sum(1).tolist()
 
-        # Take the samples apart: text loses its padding, and each sample owns an equal part of the
-        # rest
-        inputs = [{} for _ in prompts]
+        # Take the samples apart, because an answer meets other answers in the update. Text loses
+        # its padding; of the picture's tensors each sample owns an equal part.
+        inputs = [{} for _ in questions]
         for key, x in batch.items():
             if x.is_floating_point():
                 x = x.to(self.model.dtype)
-            for i, part in enumerate(x.chunk(len(prompts))):
+            for i, part in enumerate(x.chunk(len(questions))):
                 if key in TEXT_KEYS:
                     part = part[:, -lengths[i]:]                               # (1, prompt tokens)
                 inputs[i][key] = part
         return inputs
 
-    def chat_text(self, prompt):
+    def chat_text(self, question):
         """Picture and prompt as the model's chat template writes a user's message."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False)
@@ -330,7 +330,8 @@ class VLMPolicy(nn.Module):
             if key in TEXT_KEYS:
                 padding = self.tokenizer.pad_token_id if key == "input_ids" else 0
                 rows = [part[0] for part in parts]
-                x = pad_sequence(rows, True, padding, padding_side="left")     # (N, prompt tokens)
+                x = pad_sequence(                                              # (N, prompt tokens)
+                    rows, batch_first=True, padding_value=padding, padding_side="left")
             else:
                 x = torch.cat(parts)
             batch[key] = x.to(self.model.device)
@@ -344,22 +345,21 @@ class VLMPolicy(nn.Module):
     def count_cot_tokens(self, ids):
         """The number of tokens before the one in which `"action":` begins; all if there is none."""
         text = self.decode(ids)
-        start = prompts.action_start(text)
+        start = action_start(text)
         if start == len(text):
             return len(ids)
 
-        # The text of the first k tokens reaches past the start when token k - 1 does
-        for k in range(len(ids)):
-            if len(self.decode(ids[:k + 1])) > start:
-                return k
-        return len(ids)
+        # Find the first token that takes the text past the start: the action begins in it
+        for num_tokens in range(1, len(ids)):
+            if len(self.decode(ids[:num_tokens])) > start:
+                return num_tokens - 1
+        return len(ids) - 1
 
     def decode(self, ids):
         return self.tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    # -- The adapter
-    # ---------------------------------------------------------------------------------
+    # -- The adapter -------------------------------------------------------------------------------
 
     def add_lora(self, rank, alpha):
         """Freeze the model; put a fresh LoRA on all its linear layers, vision tower and projector
@@ -384,8 +384,7 @@ class VLMPolicy(nn.Module):
             torch_device=str(self.model.device)).eval()
         self.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
 
-    # -- Not needed by the method: memory, bfloat16, Qwen
-    # ----------------------------------------------
+    # -- Not needed by the method: memory, bfloat16, Qwen ------------------------------------------
 
     def checkpoint_gradients(self):
         """Trade time for memory: keep no activations inside the layers, compute them again."""
@@ -393,6 +392,14 @@ class VLMPolicy(nn.Module):
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 self.checkpointed_layers.append(module)
+
+    def prepare_checkpoints(self):
+        """Switch gradient checkpointing on for a pass with gradients, else off.
+
+        The library uses it in layers in training mode alone, and then without a cache.
+        """
+        for layer in self.checkpointed_layers:
+            layer.training = torch.is_grad_enabled()
 
     @torch.no_grad()
     def rescore(self, answers, microbatch):
@@ -409,25 +416,21 @@ class VLMPolicy(nn.Module):
                 answer.logp_cot = scores.logp_cot[j].item()
                 answer.logp_action = scores.logp_action[j].item()
                 answer.value = scores.value[j].item()
-                answer.token_logps = scores.token_logps[j, :len(answer.tokens)].double().cpu()
+                answer.token_logps = scores.token_logps[j, :len(answer.tokens)].cpu()
 
-    def position_shift(self):
-        """(N, 1), what Qwen's model adds to a token's number for its position; None for other
-        models.
+    def next_input(self, token, attention_mask):
+        """The model's input for one more token (N, 1) of every answer.
 
-        There a picture takes fewer positions than tokens. The model computes the difference while
-        it reads the prompts; `next_positions` uses it while the model writes.
+        In Qwen's models a picture has fewer positions than tokens. The model finds the difference
+        (`rope_deltas`) while it reads the prompts, but must be told the positions while it writes.
         """
+        batch = {"input_ids": token, "attention_mask": attention_mask}
         for module in self.position_counters:
             if module.rope_deltas is not None:
-                return module.rope_deltas
-        return None
-
-
-def next_positions(attention_mask, position_shift):
-    """Positions (3, N, 1) of the newest tokens for Qwen: three coordinates, the same for text."""
-    positions = attention_mask.sum(1, keepdim=True) - 1 + position_shift       # (N, 1)
-    return positions.expand(3, -1, -1)
+                number = attention_mask.sum(1, keepdim=True) - 1               # (N, 1), the token's
+                position = number + module.rope_deltas                         # (N, 1)
+                batch["position_ids"] = position.expand(3, -1, -1)             # (3, N, 1) for Qwen
+        return batch
 
 
 def append_tokens(batch, tokens, token_mask):
@@ -453,10 +456,10 @@ def end_of_sequence_ids(model, tokenizer):
 
 
 def forbidden_tokens(vocab_size, tokenizer, eos_ids):
-    """What is added to the logits, (V,): 0, or -infinity for tokens that must not be sampled.
+    """A mask (V,) to add to the logits: -infinity for tokens that must not be sampled, else 0.
 
-    A sampled image placeholder would crash the next forward pass. So no special token but the end
-    is sampled, no added token (but white space, which Gemma adds), and no id without a token.
+    A sampled image placeholder would crash the next forward pass. Never sampled are special tokens
+    except end-of-sequence, added tokens except white space (Gemma's), and ids without a token.
     """
     forbidden_ids = set(tokenizer.all_special_ids)
     for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -510,12 +513,14 @@ class CNNPolicy(nn.Module):
         return log_probs, self.value_head(hidden).squeeze(-1)
 
     @torch.no_grad()
-    def act(self, images, prompts):
+    def act(self, images, questions):
         """Sample an action for each of N pictures; returns a list of N `Answer`."""
         pixels = shrink(images, 100, 100)
         log_probs, values = self.look(pixels)
         actions = torch.multinomial(log_probs.exp(), 1).cpu()                  # (N, 1)
         logps = log_probs.cpu().gather(1, actions)                             # (N, 1)
+
+        # An answer is one token, the action's number
         answers = []
         for i, action in enumerate(actions):
             answers.append(Answer(
@@ -525,12 +530,12 @@ class CNNPolicy(nn.Module):
                 text=f'"action": "{self.actions[action]}"',
                 logp_action=logps[i].item(),
                 value=values[i].item(),
-                token_logps=logps[i].double(),
+                token_logps=logps[i],
             ))
         return answers
 
     @torch.no_grad()
-    def value(self, images, prompts):
+    def value(self, images, questions):
         """V of N pictures, shape (N,)."""
         _, values = self.look(shrink(images, 100, 100))
         return values
@@ -576,7 +581,7 @@ def build_tiny(seed=0, texts=None):
     its random weights. It sees 100 x 100 pixels as 25 patches of 20 x 20: about one patch a card.
     Everything else is the code that a LLaVA of 7 B parameters runs.
     """
-    tokenizer = build_tokenizer(texts or prompts.corpus())
+    tokenizer = build_tokenizer(texts or corpus())
     image_processor = CLIPImageProcessorPil(
         size={"height": 100, "width": 100}, do_center_crop=False, resample=2)
     processor = LlavaProcessor(
@@ -697,6 +702,8 @@ def without_tiles(config, processor):
         "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias",
     )
     config = LlavaConfig(**{name: getattr(config, name) for name in names})
+
+    # A picture is shrunk to one tile
     tiled = processor.image_processor
     size = config.vision_config.image_size
     image_processor = CLIPImageProcessorPil(
@@ -747,9 +754,9 @@ def build_policy(config, weights=None):
     # The embedded model's tokenizer learns from the tasks that it will play
     texts = None
     if source == "tiny":
-        if set(names) <= set(prompts.CARD_TASKS):
-            names = prompts.CARD_TASKS
-        texts = prompts.corpus(names, config.prompt, config.obs)
+        if set(names) <= set(CARD_TASKS):
+            names = CARD_TASKS
+        texts = corpus(names, config.prompt, config.obs)
 
     device = config.device
     if device == "cuda":
@@ -820,9 +827,9 @@ class FastVLMPolicy(VLMPolicy):
         self.keep = None         # how many tokens at the end the last MLP computes; None: all
         skip_unread_tokens(self)
 
-    def act(self, images, prompts):
+    def act(self, images, questions):
         with self.merged():
-            return super().act(images, prompts)
+            return super().act(images, questions)
 
     def evaluate(self, answers):
         with self.merged():
@@ -837,29 +844,29 @@ class FastVLMPolicy(VLMPolicy):
 
     # -- 1. Pictures and prompts
 
-    def encode(self, images, prompts):
+    def encode(self, images, questions):
         height = images.shape[1]
         if not only_shrinks(self.processor.image_processor, height):
-            return super().encode(images, prompts)
+            return super().encode(images, questions)
 
         # Process the prompts that are new, with their pictures, and keep everything but the picture
         if len(self.known_prompts) > 10_000:
             self.known_prompts.clear()
         new = {}  # prompt -> index of a sample that has it
-        for i, prompt in enumerate(prompts):
-            if prompt not in self.known_prompts:
-                new[prompt] = i
+        for i, question in enumerate(questions):
+            if question not in self.known_prompts:
+                new[question] = i
         if new:
             processed = super().encode(images[list(new.values())], list(new))
-            for prompt, inputs in zip(new, processed):
+            for question, inputs in zip(new, processed):
                 del inputs["pixel_values"]
-                self.known_prompts[prompt] = inputs
+                self.known_prompts[question] = inputs
 
         pixels = self.process_pictures(images)
-        return [
-            self.known_prompts[prompt] | {"pixel_values": pixels[i: i + 1]}
-            for i, prompt in enumerate(prompts)
-        ]
+        inputs = []
+        for i, question in enumerate(questions):
+            inputs.append(self.known_prompts[question] | {"pixel_values": pixels[i: i + 1]})
+        return inputs
 
     def process_pictures(self, images):
         """What the image processor does with pictures (N, H, W, 3) uint8, all at once."""
@@ -995,11 +1002,11 @@ def main():
         parser.error(str(error))
     image, info = game.reset(seed=args.seed)
     try:
-        model, processor = load_model(args.model, texts=prompts.corpus([args.env]))
+        model, processor = load_model(args.model, texts=corpus([args.env]))
     except (OSError, ValueError) as error:
         parser.error(f"cannot load --model {args.model}: {str(error).splitlines()[0]}")
     policy = VLMPolicy(model, processor, temperature=0.5)
-    answer = policy.act(image[None], [prompts.build_prompt(info)])[0]
+    answer = policy.act(image[None], [build_prompt(info)])[0]
 
     # Show the tokens one by one, each with its log-probability where that is not near 0
     pieces = []

@@ -22,20 +22,20 @@ import torch.distributed as dist
 
 @dataclass
 class Rollout:
-    """T steps of N environments, played in lockstep. Tensors are (T, N), float32 or bool."""
+    """T steps of N environments that are played together. Tensors are (T, N), float32 or bool."""
 
-    answers: list                # T * N answers, step after step; only policy.evaluate looks inside
+    answers: list                # T * N; answers[t * N + n] is of step t in environment n
     logp_cot: torch.Tensor       # log p(v_tht | o, v_in) under the policy that sampled
     logp_action: torch.Tensor    # log p(v_act | o, v_in, v_tht) under the policy that sampled
     values: torch.Tensor         # V(s_t)
-    next_values: torch.Tensor    # V of the state that the step led to, before any reset
+    next_values: torch.Tensor    # V(s_{t+1}); any number where the episode terminated
     rewards: torch.Tensor        # r_t, in the task's own units
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows
     truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
 
-    # Only for variants of the method
-    token_logps: torch.Tensor | None = None   # (T, N, L) log p of each token, 0 after the end
+    # None where the settings do not ask for it
     sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy
+    token_logps: torch.Tensor | None = None   # (T, N, L) log p of each token, 0 after the end
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
@@ -46,11 +46,11 @@ def action_log_prob(logp_cot, logp_action, cot_scale):
 def compute_gae(rollout, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns), each (T, N).
 
-        delta_t = r_t + gamma * V(s_t+1) - V(s_t)            V(s_t+1) = 0 after a termination
-        A_t     = delta_t + gamma * gae_lambda * A_t+1       A_t+1 = 0 after the end of an episode
+        delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        V(s_{t+1}) = 0 after a termination
+        A_t     = delta_t + gamma * gae_lambda * A_{t+1}   A_{t+1} = 0 after the end of an episode
         R_t     = A_t + V(s_t)
 
-    A truncated episode would have gone on, so its last step keeps gamma * V(s_t+1).
+    A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}).
     """
     # A termination ends the future of a state; a truncation does not
     next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
@@ -75,20 +75,21 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         L_policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
         L_value  = 1/2 * max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
 
-    new: `Scores` of the policy that is trained, with gradients; old: dict of what the rollout knew,
-    each (N,): log_prob, value, advantage, return. eps is `clip`, eps_v is `value_clip`. The dict
-    has policy_loss and value_loss, and for the report log_ratio, approx_kl, clipfrac and entropy.
+    new: logp_cot, logp_action, value and entropy, each (N,), of the policy that is trained, with
+    gradients. old: dict of what was stored when the answers were sampled, each (N,): log_prob,
+    value, advantage, return. eps is `clip`, eps_v is `value_clip`. The dict has policy_loss and
+    value_loss, and for the report log_ratio, approx_kl, clipfrac and entropy.
     """
     # One ratio for the whole answer, with lambda between its thoughts and its action
     log_prob = action_log_prob(new.logp_cot, new.logp_action, cot_scale)       # (N,)
     log_ratio = log_prob - old["log_prob"]                                     # (N,)
     ratio = log_ratio.exp()                                                    # (N,), rho
 
-    # Take the worse of the two: nothing is gained by moving past the clip range
+    # The larger loss counts, so nothing is gained by moving the ratio past the clip range
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
-    # Fit the value to the return, and clip it in the same way
+    # Fit the value to the return; here too the larger loss counts
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -98,10 +99,24 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        "approx_kl": ratio - 1 - log_ratio,  # unbiased for KL(pi_old, pi_new), never negative
+        # An estimate of KL(pi_old, pi_new). Where pi is a distribution (lambda = 1) the mean of
+        # ratio - 1 is 0; subtracting log_ratio leaves no negative term.
+        "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
         "entropy": new.entropy,
     }
+
+
+def kl_to_sft(logp_cot, sft_logp_cot):
+    """How far the thoughts have drifted from those of the SFT policy, (N,).
+
+    Nothing rewards well-formed thoughts, so they drift until answers are illegal. A small weight
+    on this term keeps what SFT has taught; the action stays free.
+
+    The gradient of this term is (log p - log p_SFT) * grad log p. Its mean over samples of p is
+    the gradient of KL(p, p_SFT).
+    """
+    return 0.5 * (logp_cot - sft_logp_cot) ** 2
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):
@@ -117,21 +132,24 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     processes.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac,
-    entropy, kl_to_sft, grad_norm (before clipping); and explained_variance of the old values,
-    first_ratio_error (max |rho - 1| on the first mini-batch: 0 where sampling and scoring agree),
-    skipped (number of mini-batches). Raises FloatingPointError where too many mini-batches are
-    broken.
+    entropy, kl_to_sft (if kl_coef is not 0), grad_norm (before clipping); and explained_variance of
+    the old values, first_ratio_error (max |rho - 1| on the first mini-batch: 0 where sampling and
+    scoring agree), skipped (number of mini-batches). Raises FloatingPointError where too many
+    mini-batches are broken.
     """
     # 1. Compute what stays fixed during the update: old log-probabilities, advantages, returns
     advantages, returns = compute_gae(rollout, config.gamma, config.gae_lambda)     # (T, N) each
     old = {
         "log_prob": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale),
         "value": rollout.values,
-        "advantage": normalise(advantages),
+        "advantage": normalise(advantages),    # over the whole rollout, not each mini-batch
         "return": returns,
     }
-    add_variants(old, rollout)
-    old = {name: x.flatten(0, 1) for name, x in old.items()}                   # (T * N,) each
+    if config.kl_coef:
+        old["sft_logp_cot"] = rollout.sft_logp_cot
+    if rollout.token_logps is not None:
+        old["token_logps"] = rollout.token_logps
+    old = {name: x.flatten(0, 1) for name, x in old.items()}   # (T * N,), in the answers' order
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     minibatch_size = config.minibatch // world_size()      # this process's share
@@ -140,28 +158,34 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 
         # 2. Score the answers again and add up the gradient, in pieces that fit into memory
         pieces = []
-        for piece in batch.split(config.microbatch):
-            new = policy.evaluate([rollout.answers[i] for i in piece])
-            old_piece = {name: x[piece].to(new.value.device) for name, x in old.items()}
+        for indices in batch.split(config.microbatch):
+            new = policy.evaluate([rollout.answers[i] for i in indices.tolist()])
+            old_piece = {name: x[indices].to(new.value.device) for name, x in old.items()}
             losses = ppo_loss(new, old_piece, cot_scale, config.clip, config.value_clip)
-            losses |= variant_losses(new, old_piece, config.clip)
-            loss = (losses["policy_loss"]
-                    + config.value_coef * losses["value_loss"]
-                    + config.kl_coef * losses["kl_to_sft"])                    # (piece,)
+            if rollout.token_logps is not None:  # a variant: one ratio a token
+                losses |= token_ratio_loss(new, old_piece, config.clip)
+            loss = losses["policy_loss"] + config.value_coef * losses["value_loss"]
+            if config.kl_coef:
+                losses["kl_to_sft"] = kl_to_sft(new.logp_cot, old_piece["sft_logp_cot"])
+                loss = loss + config.kl_coef * losses["kl_to_sft"]
+
+            # The mean over the mini-batch: what pieces and processes contribute is added up
             (loss.sum() / (len(batch) * world_size())).backward()
             pieces.append({name: x.detach() for name, x in losses.items()})
         sum_gradients(parameters)
 
-        # 3. Clip the gradient and take one step of the optimiser; skip a broken mini-batch
-        max_grad_norm = config.max_grad_norm or math.inf  # 0: off
+        # 3. Clip the gradient, and take one step of the optimiser unless the mini-batch is broken
+        max_grad_norm = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-        is_whole = report.add(pieces, grad_norm)
-        if is_whole:
+        broken = is_broken(pieces, grad_norm)
+        if not broken:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        approx_kl = report.add(pieces, grad_norm, broken)
 
-        # 4. Stop early where the policy has moved far enough from the one that sampled
-        if config.target_kl and is_whole and report.approx_kl() > 1.5 * config.target_kl:
+        # 4. End the update where the policy has moved far enough from the one that sampled
+        # (1.5 times the target, as in other implementations)
+        if config.target_kl and not broken and approx_kl > 1.5 * config.target_kl:
             break
 
     return report.means() | {"explained_variance": explained_variance(rollout.values, returns)}
@@ -186,50 +210,50 @@ MAX_LOG_RATIO = 10.0   # a ratio past exp(10) has left the region where PPO mean
 MAX_SKIPPED = 5        # broken mini-batches in a row before the run stops
 
 
+def is_broken(pieces, grad_norm):
+    """Whether the gradient of a mini-batch is not finite, or a ratio exploded, in any process."""
+    largest = max(piece["log_ratio"].max().item() for piece in pieces)
+    return not math.isfinite(grad_norm) or max(gather(largest)) > MAX_LOG_RATIO
+
+
 class UpdateReport:
-    """Means over the mini-batches of one update; knows which mini-batch is broken."""
+    """Means over the mini-batches of one update."""
 
     def __init__(self):
-        self.history = []              # a dict of means for each whole mini-batch
+        self.history = []              # a dict of means for each sound mini-batch
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.first_ratio_error = None
 
-    def add(self, pieces, grad_norm):
-        """Take the losses of a mini-batch (a list of dicts of tensors); return whether it is whole.
+    def add(self, pieces, grad_norm, broken):
+        """Take the losses of a mini-batch, a list of dicts of tensors; returns its approx_kl.
 
-        A mini-batch is broken where its gradient is not finite or a ratio exploded.
-        Raises FloatingPointError where more than MAX_SKIPPED in a row are broken.
+        Raises FloatingPointError if more than MAX_SKIPPED mini-batches in a row were broken.
         """
         terms = {name: torch.cat([piece[name].flatten() for piece in pieces]) for name in pieces[0]}
         log_ratio = terms.pop("log_ratio")
         stats = mean_over_processes({name: x.mean().item() for name, x in terms.items()})
-        exploded = max(gather((log_ratio > MAX_LOG_RATIO).any().item()))
 
         # Before the first step of the optimiser every ratio should be 1
         if self.first_ratio_error is None:
             self.first_ratio_error = (log_ratio.exp() - 1).abs().max().item()
 
-        if math.isfinite(grad_norm) and not exploded:
+        # Keep the means, or count the mini-batch as skipped
+        if not broken:
             self.history.append(stats | {"grad_norm": grad_norm})
             self.skipped_in_a_row = 0
-            return True
-
-        self.skipped += 1
-        self.skipped_in_a_row += 1
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
         if self.skipped_in_a_row > MAX_SKIPPED:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} mini-batches in a row had an infinite gradient "
                 "or an exploded ratio"
             )
-        return False
-
-    def approx_kl(self):
-        """Of the last whole mini-batch."""
-        return self.history[-1]["approx_kl"]
+        return stats["approx_kl"]
 
     def means(self):
-        """Means over the whole mini-batches. Raises FloatingPointError where there is none."""
+        """Means over the sound mini-batches. Raises FloatingPointError if there is none."""
         if not self.history:
             raise FloatingPointError("every mini-batch of an update was broken")
         means = {}
@@ -250,37 +274,7 @@ def explained_variance(values, returns):
 
 
 # -------------------------------------------------------------------------------------------------
-# Variants of the method: a penalty on drift, one ratio a token, a CoT scale that is found
-
-
-def add_variants(old, rollout):
-    """Add to the dict `old` what a variant wants to know of the rollout."""
-    if rollout.sft_logp_cot is not None:
-        old["sft_logp_cot"] = rollout.sft_logp_cot
-    if rollout.token_logps is not None:
-        old["token_logps"] = rollout.token_logps
-
-
-def variant_losses(new, old, clip):
-    """What variants put into the dict of `ppo_loss`: kl_to_sft, and other terms for one ratio a
-    token."""
-    losses = {"kl_to_sft": kl_to_sft(new, old)}
-    if "token_logps" in old:
-        losses |= token_ratio_loss(new, old, clip)
-    return losses
-
-
-def kl_to_sft(new, old):
-    """How far the thoughts have drifted from those of the SFT policy, (N,); 0 where nobody asked.
-
-    Nothing rewards well-formed thoughts, so they drift until answers are illegal. SFT has taught
-    how to read and reason: a small weight on this term keeps that, and the action stays free. The
-    square has the gradient of KL(p, p_SFT), and no exponential that an unlikely thought could blow
-    up.
-    """
-    if "sft_logp_cot" not in old:
-        return torch.zeros_like(new.logp_cot)
-    return 0.5 * (old["sft_logp_cot"] - new.logp_cot) ** 2
+# Variants of the method: one ratio a token, and a CoT scale that is found
 
 
 def token_ratio_loss(new, old, clip):
@@ -353,7 +347,7 @@ def gather(x):
     """A list of what each process has for `x`, any object that can be pickled; alone, [x]."""
     if not dist.is_initialized():
         return [x]
-    everyone = [None] * world_size()
+    everyone = [None for _ in range(world_size())]
     dist.all_gather_object(everyone, x)
     return everyone
 

@@ -1,15 +1,17 @@
 """What the model reads, and what is made of its answer: prompts, demonstrations, the parser f.
 
+    info = {"env": "blackjack", "obs": "image", "legal_actions": ["stand", "hit"],
+            "player": ["10H", "6S"], "player_total": 16, "dealer_card": "9D", "success": False}
     prompt = build_prompt(info)                     # v_in, without the picture
     answer = demonstration(info, "hit")             # v_out of an expert, for SFT
     action, was_legal = parse_action(answer, info["legal_actions"], rng)    # the paper's f
 
 An answer is a JSON object: key-state fields that say what the picture shows, then "thoughts", then
-"action". Everything before the key `"action":` is the chain of thought (CoT), the rest is the
-action (paper, section 4). `action_start` finds that place in the *text*, so it holds for any
-tokenizer.
+"action". `info` is what an environment tells of its state. Everything before the key `"action":` is
+the chain of thought (CoT), the rest is the action (paper, section 4). `action_start` finds that
+place in the *text*, so it holds for any tokenizer.
 
-Read the whole file; the tasks come first, then the prompt, then the parser.
+Read to the heading "Idle words": the tasks come first, then the prompt, then the parser.
 
 `python prompts.py --env blackjack` prints a prompt, an answer, and what the parser makes of it.
 """
@@ -33,7 +35,7 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    description: object             # what the prompt asks for: a str, or a list of one str
+    description: object             # what the prompt asks for: a str; [str] asks for a JSON list
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
 
@@ -63,7 +65,10 @@ def numberline_thoughts(info):
 
 
 def blackjack_thoughts(info):
-    """Such as "12, 19, hard 20 against 10, may bust": longer hands are added up card by card."""
+    """What the hand is worth: "hard 16 against 9, may bust".
+
+    Longer hands are added up card by card: "12, 19, hard 20 against 10, may bust" for 7 5 7 A.
+    """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = list(itertools.accumulate(numbers))
     dealer = env.card_number(info["dealer_card"])
@@ -143,12 +148,12 @@ CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")  # those that n
 STYLES = ("full", "thoughts", "vision", "action", "chatty")
 
 
-def fields(info, style="full"):
+def answer_fields(info, style="full"):
     """The fields of an answer before its action: dict of name -> Field.
 
     full: key-state fields and thoughts, as in the paper; thoughts: thoughts alone; action: neither;
     vision: as full, but the text tells nothing that the picture shows;
-    chatty: as full, with idle words before the thoughts, as those of large models vary.
+    chatty: as full, but idle words stand before the thoughts (large models vary their words).
     """
     task = TASKS[info["env"]]
     if style == "action":
@@ -176,7 +181,7 @@ def build_prompt(info, style="full"):
         seen = {name: field.truth(info) for name, field in task.fields.items()}
         state += f"What you see: {json.dumps(seen)}\n"
 
-    form = {name: field.description for name, field in fields(info, style).items()}
+    form = {name: field.description for name, field in answer_fields(info, style).items()}
     form["action"] = "a legal action"
     legal_actions = ", ".join(info["legal_actions"])
     return (
@@ -189,7 +194,7 @@ def build_prompt(info, style="full"):
 
 def demonstration(info, action, style="full"):
     """The answer of an agent that sees and thinks right and plays `action`: JSON as text."""
-    answer = {name: field.truth(info) for name, field in fields(info, style).items()}
+    answer = {name: field.truth(info) for name, field in answer_fields(info, style).items()}
     answer["action"] = action
     return json.dumps(answer)
 
@@ -197,6 +202,8 @@ def demonstration(info, action, style="full"):
 # -------------------------------------------------------------------------------------------------
 # The parser f: from the text of an answer to a legal action
 
+# In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. Without a limit a
+# long run of spaces would be read again and again.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"\baction\s{0,9}:", re.IGNORECASE)
@@ -206,7 +213,7 @@ MAX_VALUE = 200  # characters of a value that are looked at; longer than any act
 
 
 def find_keys(text):
-    """All places of the key `"action":`, as matches; without quotes only if none has quotes."""
+    """All places of the key, as matches: of `"action":`, or of `action:` if no key has quotes."""
     quoted = list(QUOTED_KEY.finditer(text))
     if quoted:
         return quoted
@@ -236,7 +243,7 @@ def pattern_of(actions):
     alternatives = []
     for action in sorted(actions, key=len, reverse=True):  # "drawer 12" is tried before "drawer 1"
         name = re.escape(action)
-        if action[-1:].isalnum():
+        if action[-1:].isalnum():  # no letter or digit before and behind it; else only spaces
             alternatives.append(rf"(?<!\w){name}(?!\w)")
         else:
             alternatives.append(rf"(?<!\S){name}(?!\S)")
@@ -256,7 +263,8 @@ def parse_action(text, legal_actions, rng):
     pattern = pattern_of(original)
     values = {value_after(key, text) for key in find_keys(text)}
 
-    # Legal: every value begins with an action, and all values name the same one
+    # Legal: every value begins with an action ("hit", "hit me", but not "I hit"), and no second
+    # action is named anywhere (not "hit or stand")
     named = {name for value in values for name in pattern.findall(value)}
     if len(named) == 1 and all(pattern.match(value) for value in values):
         return original[named.pop()], True

@@ -3,9 +3,9 @@
     python train.py --env blackjack --cot-scale 0.3
 
 1. SFT (supervised fine-tuning) teaches the output format and the reading of pictures. Its
-   demonstrations see right, but a share of their actions (`--demo-noise`) is random.
-2. PPO: sample answers, parse and play their actions, estimate advantages, update LoRA and value
-head. 3. Evaluation of both policies on the same episodes, beside the random and the expert policy.
+   demonstrations describe the picture correctly, but many of their actions are random.
+2. PPO: sample answers, parse and play their actions, estimate advantages, update adapter and head.
+3. Evaluation of both policies on the same episodes, beside the random and the expert policy.
 
 Read `sft`, `Collector.collect`, `reinforce` and `train`. They stand between the settings and the
 run directory. Letters in shapes: T steps, N environments.
@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -225,14 +224,15 @@ def make_parser():
 def sft(policy, config, run):
     """Imitate demonstrations: maximise log p(v_out | o, v_in), averaged over tokens.
 
-    Goes on from the checkpoint of `run`, if there is one.
+    run: the run directory, a `Run`. It writes metrics, and saves and restores checkpoints.
     """
+    # Each step shows one demonstration from each of N games
     num_envs = config.sft_batch // world_size()
     games = env.Games(config.env, num_envs, process_seed(config), config.obs)
     rng = np.random.default_rng(process_seed(config))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
-    policy.temperature = 1.0  # the likelihood as it is; only sampling is sharpened
+    policy.temperature = 1.0  # for SFT alone; sampling and PPO use the temperature of the settings
 
     first_step = 0
     state = run.restore("sft", policy, optimizer)
@@ -260,7 +260,7 @@ def sft(policy, config, run):
 
         # 2. Add up the gradient of the mean over the tokens of all processes
         num_tokens = sum(len(answer.tokens) for answer in answers)
-        num_tokens, stop_signals = total_over_processes([num_tokens, run.signal])
+        num_tokens = total_over_processes([num_tokens])[0]
         loss = 0.0
         for i in range(0, num_envs, config.microbatch):
             scores = policy.evaluate(answers[i: i + config.microbatch])
@@ -271,7 +271,7 @@ def sft(policy, config, run):
 
         # 3. Take a step of the optimiser, with 3 % warm-up
         warm_up = min(1.0, (step + 1) / (0.03 * config.sft_steps))
-        lr = warm_up * cosine(step, config.sft_steps, config.sft_lr, 0)
+        lr = warm_up * cosine(step, config.sft_steps, config.sft_lr, 0.0)
         optimizer.param_groups[0]["lr"] = lr
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not grad_norm.isfinite():
@@ -279,12 +279,14 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Play on. A lost game teaches nothing more, so only a quarter of the random actions is
-        # played.
+        # 4. Play on: the expert's action, or with probability 1/4 the demonstrated one. Random
+        # actions lose games, and a lost game has no more states to learn from.
         plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
                 actions[i] = env.expert_action(info)
+
+        # Some games begin anew at once: at first SFT sees mostly first states, which are easier
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
         games.step(actions, restart=rng.random(num_envs) < restart_share)
 
@@ -295,7 +297,8 @@ def sft(policy, config, run):
             loss = total_over_processes([loss])[0]
             progress.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
-        if done % 100 == 0 or done == config.sft_steps or stop_signals:
+        asked_to_stop = any(gather(run.signal))
+        if done % 100 == 0 or done == config.sft_steps or asked_to_stop:
             run.checkpoint(
                 "sft", done, policy, optimizer,
                 step=done, rng=rng.bit_generator.state, games=games.snapshot())
@@ -334,7 +337,8 @@ class Collector:
         final_values = []    # V of the last picture of a truncated episode, else 0
         episodes = []        # (success, return) of each episode that ended
         num_illegal = 0
-        for _ in range(self.config.rollout_steps // self.config.num_envs):
+        num_steps = self.config.rollout_steps // self.config.num_envs          # T
+        for _ in range(num_steps):
             # 1. See: the pictures o and the prompts v_in
             infos = self.games.infos
             questions = self.build_prompts(infos)
@@ -362,7 +366,7 @@ class Collector:
             rewards.append(reward)
             terminated.append(step["terminated"])
             truncated.append(step["truncated"])
-            final_values.append(self.final_values(step))
+            final_values.append(self.values_at_time_limit(step))
 
             # 6. Count the episodes that ended
             self.episode_returns += reward
@@ -374,15 +378,16 @@ class Collector:
                 progress.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
 
         if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
-            self.policy.rescore(answers, self.config.microbatch)
+            self.policy.rescore(answers, self.config.microbatch)  # sampling and scoring round apart
         values = self.grid([answer.value for answer in answers])               # (T, N)
         truncated = torch.tensor(np.array(truncated))                          # (T, N)
         final_values = torch.tensor(np.array(final_values)).float()            # (T, N)
 
-        # V of the state that each step led to: that of the next step. Where a time limit cut the
-        # episode off, the next step is of another episode: there it is V of the last picture.
-        values_at_end = self.values(self.games.images, self.games.infos)       # (N,)
-        next_values = torch.cat([values[1:], values_at_end[None]])             # (T, N)
+        # next_values[t] is values[t + 1]: the next state is that of the next step. Where a time
+        # limit ended the episode, the next step is of a new episode, and V of the last picture
+        # takes its place. After a termination the number is wrong; `compute_gae` does not use it.
+        last_row = self.values(self.games.images, self.games.infos)            # (N,)
+        next_values = torch.cat([values[1:], last_row[None]])                  # (T, N)
         next_values = torch.where(truncated, final_values, next_values)
 
         rollout = Rollout(
@@ -398,10 +403,10 @@ class Collector:
         self.add_variants(rollout)
         return rollout, self.statistics(episodes, num_illegal)
 
-    def final_values(self, step):
+    def values_at_time_limit(self, step):
         """V (N,) of the last pictures of episodes that the time limit ended in this step; else 0.
 
-        Such an episode did not really end, and its game has begun anew already.
+        The task of such an episode was not over. Its game has already begun a new episode.
         """
         values = np.zeros(self.num_envs)                                       # (N,)
         ended = np.flatnonzero(step["truncated"] & ~step["terminated"])
@@ -443,12 +448,13 @@ class Collector:
         returns = sum(episode_return for _, episode_return in episodes)
         count, successes, returns, num_illegal = total_over_processes(
             [len(episodes), successes, returns, num_illegal])
-        if count == 0:  # no episode ended
-            success_rate = math.nan
-            mean_return = math.nan
-        else:
+
+        success_rate = math.nan  # if no episode ended
+        mean_return = math.nan
+        if count > 0:
             success_rate = successes / count
             mean_return = returns / count
+
         return {
             "episodes": count,
             "success_rate": success_rate,
@@ -481,10 +487,13 @@ def reinforce(policy, config, run):
         collector.restore(state)
 
     def checkpoint(update):
-        index = config.sft_steps + 1 + update
+        index = config.sft_steps + 1 + update  # the numbers of checkpoints grow from stage to stage
         run.checkpoint("rl", index, policy, optimizer, update=update, **collector.state())
 
     if first_update == 0:
+        if config.policy == "vlm":
+            policy.standardise(example_states(policy, config), config.microbatch)
+            broadcast(policy.value_head.buffers())
         checkpoint(0)
     num_updates = config.env_steps // config.rollout_steps
     began = time.time()
@@ -493,9 +502,6 @@ def reinforce(policy, config, run):
     for update in range(first_update, num_updates):
         # 1. Play
         rollout, stats = collector.collect(progress)
-        if update == 0 and config.policy == "vlm":
-            policy.standardise(rollout.answers, config.microbatch)
-            broadcast(policy.value_head.buffers())
         collected = time.time()
 
         # 2. Learn
@@ -519,6 +525,24 @@ def reinforce(policy, config, run):
     progress.close()
 
 
+def example_states(policy, config, num_states=512):
+    """Inputs of the model for many states, from games in which every second action is random."""
+    rng = np.random.default_rng(process_seed(config))
+    games = env.Games(config.env, config.num_envs // world_size(), process_seed(config), config.obs)
+    inputs = []
+    while len(inputs) < num_states:
+        questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
+        inputs += policy.encode(games.images, questions)
+        actions = []
+        for info in games.infos:
+            action = env.expert_action(info)
+            if rng.random() < 0.5:
+                action = str(rng.choice(info["legal_actions"]))
+            actions.append(action)
+        games.step(actions)
+    return inputs
+
+
 # -------------------------------------------------------------------------------------------------
 # The story of a run
 
@@ -526,19 +550,28 @@ def reinforce(policy, config, run):
 def train(policy, config, run, weights=None):
     """The three stages. Every result is a line of metrics.jsonl.
 
-    weights: the folder of the SFT weights that `policy` has already, if any. Returns the
-    evaluations, task -> name of a policy -> row of metrics.jsonl (None in all processes but the
-    first).
+    weights: the folder of the SFT weights that `policy` has already, if any. Returns a dict of
+    dicts: results[task][name of a policy] is its row of metrics.jsonl (in the first process).
     """
     if config.policy == "cnn":
         return train_cnn(policy, config, run)
 
-    # Stage 1: imitate demonstrations, which see right and act badly
-    pretrain(policy, config, run, weights)
-    if run.state["stage"] != "rl":  # else the run goes on in stage 2
-        torch.manual_seed(process_seed(config))  # the same chance, whether SFT ran here or not
-        assess("random", random_agent, config, run)
-        assess("SFT", partial(policy_agent, policy, config), config, run)
+    # Stage 1: imitate demonstrations, unless the policy has the weights already
+    if weights is None:
+        if config.sft_lora:
+            policy.add_lora(config.lora_rank, config.lora_alpha)
+        sft(policy, config, run)
+        write_sft_weights(policy, config, run)
+        if config.sft_lora:
+            policy.merge_lora()
+    elif rank() == 0:
+        copy_folder(weights, run.out / "sft")
+
+    if run.state["stage"] != "rl":  # else this run was stopped in stage 2, and goes on there
+        # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
+        torch.manual_seed(process_seed(config))
+        assess("random", policy, config, run)
+        assess("SFT", policy, config, run)
 
     # Stage 2: PPO on the task's reward, with a fresh adapter
     policy.add_lora(config.lora_rank, config.lora_alpha)
@@ -547,8 +580,8 @@ def train(policy, config, run, weights=None):
         policy.save(run.out)
 
     # Stage 3: evaluate on the same episodes
-    assess("RL", partial(policy_agent, policy, config), config, run)
-    assess("expert", lambda rng: expert_agent, config, run)
+    assess("RL", policy, config, run)
+    assess("expert", policy, config, run)
     return finish(config, run)
 
 
@@ -556,29 +589,31 @@ def train_cnn(policy, config, run):
     """The paper's baseline: the same PPO without language, and without SFT."""
     if run.state["stage"] != "rl":
         torch.manual_seed(process_seed(config))
-        assess("random", random_agent, config, run)
+        assess("random", policy, config, run)
+
     reinforce(policy, config, run)
     if rank() == 0:
         policy.save(run.out)
-    assess("CNN + RL", partial(policy_agent, policy, config), config, run)
-    assess("expert", lambda rng: expert_agent, config, run)
+
+    assess("CNN + RL", policy, config, run)
+    assess("expert", policy, config, run)
     return finish(config, run)
 
 
-def policy_agent(policy, config, rng):
-    """An agent for `evaluate` that plays the policy; rng: for answers without a legal action."""
-    return model_agent(policy, rng, config.prompt)
+def assess(name, policy, config, run):
+    """Evaluate "random", "expert", or the policy under another name, on each task.
 
-
-def assess(name, make_agent, config, run):
-    """Evaluate an agent on each task; the results go to metrics.jsonl under its name.
-
-    make_agent: a function of a numpy Generator, which is new for each task.
+    The results go to metrics.jsonl.
     """
     if rank() > 0:
         return  # the others wait until the first process is back
     for task in config.env.split(","):
-        agent = make_agent(np.random.default_rng(config.seed))
+        rng = np.random.default_rng(config.seed)
+        agent = model_agent(policy, rng, config.prompt)
+        if name == "random":
+            agent = random_agent(rng)
+        if name == "expert":
+            agent = expert_agent
         result = evaluate(
             agent, task, config.eval_episodes, config.seed, config.num_envs, config.obs,
             label=f"evaluating {name}")
@@ -645,36 +680,33 @@ def kept_weights(config, out):
     return None
 
 
-def pretrain(policy, config, run, weights):
-    """SFT, unless `policy` has its weights already. They stay in the cache and in the run
-    directory."""
-    cache = sft_cache(config, run.out)
-    if weights is None:
-        if config.sft_lora:
-            policy.add_lora(config.lora_rank, config.lora_alpha)
-        sft(policy, config, run)
-        if rank() == 0:
-            save_sft(policy, cache)
-        if config.sft_lora:
-            policy.merge_lora()
-    elif weights == cache:
-        say(f"SFT: weights reused from {cache}")
+def write_sft_weights(policy, config, run):
+    """Write the weights (or the adapter alone) and the processor to the run directory.
 
-    if rank() == 0 and not (run.out / "sft").exists():
-        shutil.copytree(cache, run.out / "sft.tmp", dirs_exist_ok=True)
-        (run.out / "sft.tmp").rename(run.out / "sft")
-
-
-def save_sft(policy, folder):
-    """Write the weights (the adapter alone, where there is one) and the processor; whole or not at
-    all."""
-    scratch = Path(f"{folder}.{os.getpid()}")
+    Other runs find a copy in the cache, if it can be written.
+    """
+    if rank() > 0:
+        return
+    scratch = run.out / "sft.tmp"
     policy.model.save_pretrained(scratch)
     policy.processor.save_pretrained(scratch)
-    if folder.exists():  # another process was faster
+    scratch.rename(run.out / "sft")
+    try:
+        copy_folder(run.out / "sft", sft_cache(config, run.out))
+    except OSError as error:
+        say(f"the SFT weights are not kept for other runs: {error}")
+
+
+def copy_folder(source, target):
+    """Copy a folder; the target is there as a whole, or not at all."""
+    if target.exists():
+        return
+    scratch = Path(f"{target}.{os.getpid()}")
+    shutil.copytree(source, scratch, dirs_exist_ok=True)
+    try:
+        scratch.rename(target)
+    except OSError:  # another process was faster
         shutil.rmtree(scratch)
-    else:
-        scratch.rename(folder)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -706,7 +738,8 @@ class Run:
         self.rows = []               # the lines of metrics.jsonl
         checkpoint = None
         state = {"stage": None, "metrics": 0}
-        if rank() == 0:              # the other processes write nothing
+
+        if rank() == 0:  # the other processes write nothing
             out.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(out / ".lock")  # the system lets go of it when the process dies
             self.lock.acquire(timeout=0)
@@ -1033,6 +1066,8 @@ def resume(parser, directory, argv):
         kept = read_config(directory)
     except (OSError, ValueError, TypeError):
         parser.error(f"{directory} holds no run (no config.json that can be read)")
+
+    # Every flag that is given must be as it was
     parser.set_defaults(**vars(kept))
     args = parser.parse_args(argv)
     config = settings_of(args)
@@ -1066,6 +1101,8 @@ def check(parser, config):
                      f"--env is one of {', '.join(prompts.CARD_TASKS)}")
     if config.policy == "cnn" and config.kl_coef:
         parser.error("--kl-coef keeps thoughts near those of SFT: --policy cnn has none")
+
+    # The machine and the numbers
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
         parser.error(f"--device {config.device} is not there, or this PyTorch cannot use it")
     if config.quantize and (config.device != "cuda" or config.model == "tiny"):
@@ -1075,6 +1112,8 @@ def check(parser, config):
     if config.dtype == "bfloat16" and not config.sft_lora and config.policy == "vlm":
         parser.error("--dtype bfloat16 needs --sft-lora: "
                      "a step of SFT is smaller than the rounding of the weights")
+
+    # What must be a multiple of what
     if config.rollout_steps % config.num_envs:
         parser.error(f"--rollout-steps {config.rollout_steps} is not a multiple of "
                      f"--num-envs {config.num_envs}")
@@ -1131,11 +1170,11 @@ def run_in(config, out):
     with Run(out, config) as run:
         if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
             raise Refused(f"{out / 'sft'} is missing")
-        describe(policy, config, out, needed, parts)
+        describe(policy, config, out, weights, needed, parts)
         return train(policy, config, run, weights)
 
 
-def describe(policy, config, out, needed, parts):
+def describe(policy, config, out, weights, needed, parts):
     """Say what is trained, where, and in how much memory."""
     name = config.model if config.policy == "vlm" else "CNN"
     sizes = [p.numel() for key, p in policy.named_parameters() if "value" not in key]
@@ -1145,17 +1184,23 @@ def describe(policy, config, out, needed, parts):
     say(f"{config.env}: {name} ({sum(sizes) / 1e6:.1f} M parameters) on {place}; into {out}")
     memory = ", ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
     say(f"memory expected: {needed:.1f} GB ({memory})")
+    if weights is not None and weights != out / "sft":
+        say(f"SFT: weights reused from {weights}")
 
 
 def explain(error, out):
     """The line that tells a user what to do about an error; None for what is a bug."""
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    first_line = str(error).partition("\n")[0] or type(error).__name__
+
+    # Files
     if isinstance(error, Timeout):
         return f"another process is training in {out}"
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
     if isinstance(error, (Refused, SafetensorError)):
         return first_line
+
+    # Memory, numbers, other processes
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {ADVICE}"
     if isinstance(error, FloatingPointError):

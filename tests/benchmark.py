@@ -1,19 +1,25 @@
 """How fast: ours, the paper's schedule, and what the hardware allows, measured in one run.
 
-    python tests/benchmark.py                                  # the embedded model on this machine
+    python tests/benchmark.py                      # the embedded model on this machine
+    python tests/benchmark.py --tricks             # only what the tricks of the fast policy save
+    python tests/benchmark.py --growth FILE        # only how time and memory grow, as a plot
     python tests/benchmark.py --model DIR --env points24 --json benchmark.json
 
-*The paper's schedule* is one environment and one sample at a time in rollout and update, answers padded to twice
-the longest, the adapter apart from the weights, and a second full forward pass to score what was sampled. It runs through the same code here, so that the
-difference is the schedule alone. *The limit* is the model's arithmetic, counted by hand, over the rate of matrix products
-of this model's shapes, measured in the same run. Phases alternate between the schedules, several rounds, and the
-median counts, so that a noisy machine hits all of them.
+*The paper's schedule* is one environment and one sample at a time in rollout and update, answers
+padded to twice the longest, the plain `VLMPolicy`, and a second full forward pass to score what was
+sampled. It runs through the same code here, so the difference is the schedule alone.
 
-`--growth FILE` measures instead how time and memory grow with environments, answer length, picture tokens and model width;
-`--model random-llava-1.6-7b` the paper's model on a GPU, with random weights and no download (on a CPU an eighth of its width and depth,
-or with `--shrink 1 --lora-rank 32` all of it, for which 24 GB and a quarter of an hour are enough); with `--plan` only the memory that
-training expects with several flags, computed without any weights.
+*The limit* is the model's arithmetic, counted by hand, over the rate of matrix products of this
+model's shapes, measured in the same run.
+
+What is compared takes turns, several rounds, and the median counts: a noisy machine hits all alike.
+
+`--model random-llava-1.6-7b` measures the paper's model on a GPU, with random weights and no
+download. On a CPU it has an eighth of the width and depth; `--shrink 1 --lora-rank 32` takes all of
+it, for which 24 GB and a quarter of an hour are enough. With `--plan` it prints only the memory
+that training expects with several flags, computed without any weights.
 """
+import argparse
 import contextlib
 import copy
 import json
@@ -31,410 +37,836 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import env  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
-from policy import VLMPolicy, load_model  # noqa: E402
+from eval import evaluate, expert_agent, positive_int  # noqa: E402
+from policy import FastVLMPolicy, VLMPolicy, build_policy, load_model  # noqa: E402
 from ppo import Rollout, ppo_update  # noqa: E402
+
+PAPER_MODEL = "random-llava-1.6-7b"
+SFT_SAMPLES = 32     # of one optimiser step here, whatever the preset says
+PPO_SAMPLES = 64
+PADDED_SAMPLES = 16  # of one optimiser step in the paper's schedule, which is slow
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    if args.growth:
+        return growth(args.growth, args.rounds)
+
+    config, _ = train.configure(["--env", args.env, "--model", args.model])
+    if args.model == PAPER_MODEL:
+        if args.plan:
+            return plans(config)
+        config.lora_rank = args.lora_rank
+        return paper_model(config, args.rounds, args.shrink, args.json)
+
+    results = {}
+    if not args.tricks:
+        results |= schedules(config, args.rounds)
+    results |= tricks(config, 4 * args.rounds)  # its pieces are short
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage=argparse.SUPPRESS,  # without a usage text an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shrink = 1 if torch.cuda.is_available() else 8
+    threads = torch.get_num_threads()
+    add = parser.add_argument
+    add("--env", choices=env.GAMES, default="blackjack", help="the task")
+    add("--model", default="tiny", help=f"tiny, {PAPER_MODEL}, or a folder with a model")
+    add("--rounds", type=positive_int, default=5, help="rounds of all phases; the median counts")
+    add("--threads", type=positive_int, default=threads, help="threads of torch")
+    add("--json", type=Path, help="file for the results")
+    add("--tricks", action="store_true", help="measure only the tricks of FastVLMPolicy")
+    add("--growth", type=Path, metavar="FILE",
+        help="measure only how the embedded model's cost grows: a plot (PNG), and exponents")
+    add("--shrink", type=positive_int, default=shrink, help=f"divide the sizes of {PAPER_MODEL}")
+    add("--lora-rank", type=positive_int, default=128, help=f"of {PAPER_MODEL}")
+    add("--plan", action="store_true", help=f"print only the memory that {PAPER_MODEL} needs")
+    return parser.parse_args()
+
+
+# -------------------------------------------------------------------------------------------------
+# The work: pieces of the main job that can be timed
 
 
 def seconds(function, *args):
-    """(time of one call, its result)."""
+    """Seconds that a call takes."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
-    result = function(*args)
+    function(*args)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+    return time.perf_counter() - began
 
 
-def pad_answers(answers, length):
-    """The paper's padding: every answer gets `length` tokens. (The sums of log-probabilities change; this is for timing.)"""
-    for answer in answers:
-        answer.tokens = torch.cat([answer.tokens, answer.tokens.new_full((length - len(answer.tokens),), answer.tokens[-1].item())])
-    return answers
+def median_seconds(rounds, function, *args):
+    return statistics.median(seconds(function, *args) for _ in range(rounds))
 
 
-class Bench:
+class NoRun:
+    """Stands in for a run directory: there is nothing to go on with, and nothing is written."""
+
+    signal = 0
+
+    def restore(self, stage, policy, optimizer):
+        return None
+
+    def log(self, **row):
+        pass
+
+    def checkpoint(self, *args, **state):
+        pass
+
+
+class Work:
+    """A policy and games. Each method does a piece of the job and returns the number of its units.
+
+    It begins in SFT, where all weights are trained; `begin_rl` puts an adapter on them.
+    """
+
     def __init__(self, config):
         self.config = config
         torch.manual_seed(0)
-        self.policy = train.build_policy(config)
-        run = argparse_namespace(log=lambda **row: None, restore=lambda *args: None, checkpoint=lambda *args, **state: None, signal=0)
-        self.games = {n: env.Games(config.env, n, seed=0) for n in (1, 16, 64)}
-        # An untrained model writes to the last token: teach the format first, so that answers have their real length.
-        train.sft(self.policy, argparse_namespace(**vars(config) | {"sft_steps": 60, "sft_batch": 32}), run)
+        self.policy = build_policy(config)
+        self.games = {num_envs: env.Games(config.env, num_envs, seed=0) for num_envs in (1, 16, 64)}
+        self.begin = {num_envs: games.snapshot() for num_envs, games in self.games.items()}
 
-    # -- phases: each returns units done; the caller times it --------------------------------------------
+        # An untrained model writes to the last token: teach the format, so that answers have
+        # their real length
+        lesson = argparse.Namespace(**vars(config) | {"sft_steps": 60, "sft_batch": SFT_SAMPLES})
+        train.sft(self.policy, lesson, NoRun())
+        self.optimizer = self.make_optimizer()
 
-    def env_steps(self, n=64, steps=20):
-        """Games played by the expert: rules, pictures, no model."""
-        games = self.games[n]
-        for _ in range(steps):
-            games.step([env.expert_action(info) for info in games.infos])
-        return n * steps
+    def begin_rl(self):
+        self.policy.add_lora(self.config.lora_rank, self.config.lora_alpha)
+        self.optimizer = self.make_optimizer()
 
-    def apart(self, paper):
-        """The paper's schedule keeps the adapter apart from the weights."""
-        self.policy.merged = contextlib.nullcontext if paper else type(self.policy).merged.__get__(self.policy)
+    def make_optimizer(self):
+        """Adam, with a learning rate of 0: it works, and the weights stay."""
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        return torch.optim.Adam(trainable, lr=0.0, fused=True)
 
-    def rollout(self, n, steps, paper=False):
-        games, rng = self.games[n], np.random.default_rng(0)
-        self.apart(paper)
-        for _ in range(steps):
-            answers = self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
-            if paper:  # scored again, padded, in a pass of its own
-                with torch.no_grad():
-                    self.policy.evaluate(pad_answers(answers, 2 * self.config.max_new_tokens))
-            games.step([prompts.parse_action(answer.text, info["legal_actions"], rng)[0] for answer, info in zip(answers, games.infos)])
-        return n * steps
+    def become(self, policy_class):
+        """Let the policy be of another class. Its weights stay, so no other difference is timed."""
+        self.policy.__class__ = policy_class
 
-    def sample(self, n):
+    def start_again(self, seed):
+        """Bring the games back to where they began, and fix chance: all do the same work."""
+        for num_envs, games in self.games.items():
+            games.restore(self.begin[num_envs])
+        torch.manual_seed(seed)
+
+    # -- SFT
+
+    def sft(self, microbatch):
+        """One step of SFT: demonstrations, gradients, optimiser, and a step of the games."""
+        games = self.games[64]
+        infos = games.infos[:SFT_SAMPLES]
+        actions = [env.expert_action(info) for info in games.infos]
+        texts = [prompts.demonstration(info, action) for info, action in zip(infos, actions)]
+        answers = self.policy.demonstrate(games.images[:SFT_SAMPLES], questions_of(infos), texts)
+        for i in range(0, SFT_SAMPLES, microbatch):
+            scores = self.policy.evaluate(answers[i: i + microbatch])
+            (scores.logp_cot + scores.logp_action).mean().neg().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        games.step(actions)
+        return SFT_SAMPLES
+
+    # -- Rollout
+
+    def play(self, num_envs, num_steps):
+        """Sample answers, parse their actions and play them."""
+        games = self.games[num_envs]
+        rng = np.random.default_rng(0)
+        for _ in range(num_steps):
+            answers = self.policy.act(games.images, questions_of(games.infos))
+            games.step(parsed_actions(answers, games.infos, rng))
+        return num_envs * num_steps
+
+    def play_as_paper(self, num_steps):
+        """The paper's schedule: one environment, and each answer is padded and scored again."""
+        games = self.games[1]
+        rng = np.random.default_rng(0)
+        for _ in range(num_steps):
+            answers = self.policy.act(games.images, questions_of(games.infos))
+            with torch.no_grad():
+                self.policy.evaluate(padded(answers, 2 * self.config.max_new_tokens))
+            games.step(parsed_actions(answers, games.infos, rng))
+        return num_steps
+
+    def end_of_rollout(self, answers):
+        """What follows the last step: values of the last states, thoughts under the SFT policy.
+
+        16 environments go with 128 answers, in the proportion of a rollout.
+        """
+        games = self.games[16]
+        self.policy.value(games.images, questions_of(games.infos))
+        with torch.no_grad(), self.policy.model.disable_adapter():
+            for i in range(0, len(answers), self.config.microbatch):
+                self.policy.evaluate(answers[i: i + self.config.microbatch])
+        return len(answers)
+
+    def sample(self, count):
+        """`count` answers to the first states of the games."""
         games = self.games[64]
         answers = []
-        while len(answers) < n:
-            answers += self.policy.act(games.images, [prompts.build_prompt(info) for info in games.infos])
-        return answers[:n]
+        while len(answers) < count:
+            answers += self.policy.act(games.images, questions_of(games.infos))
+        return answers[:count]
 
-    def update(self, answers, microbatch, paper=False):
-        self.apart(paper)
-        return update(self.policy, self.optimizer, answers, microbatch, self.config)
-
-    def sft(self, batch):
+    def play_expert(self, num_steps):
+        """Games played by the expert: rules and pictures, no model."""
         games = self.games[64]
-        for start in range(0, 64, batch):
-            rows = slice(start, start + batch)
-            infos = games.infos[rows]
-            answers = self.policy.demonstrate(games.images[rows], [prompts.build_prompt(info) for info in infos],
-                                              [prompts.demonstration(info, env.expert_action(info)) for info in infos])
-            scores = self.policy.evaluate(answers)
-            (scores.logp_cot + scores.logp_action).mean().neg().backward()
-            self.policy.zero_grad(set_to_none=True)
-        return 64
+        for _ in range(num_steps):
+            games.step([env.expert_action(info) for info in games.infos])
+        return 64 * num_steps
 
-    def pictures(self):
-        """Drawing, shrinking and normalising 64 pictures: the share of the rollout that is not the language model."""
+    def draw(self):
+        """Draw and process pictures: what of a rollout is not the language model."""
         games = self.games[64]
         for game in games.vector.envs:
             game.unwrapped.render()
         self.policy.encode(games.images, [""] * 64)
         return 64
 
+    # -- Update
 
-def argparse_namespace(**values):
-    import argparse
-    return argparse.Namespace(**values)
+    def update(self, answers, microbatch):
+        return update(self.policy, self.optimizer, answers, microbatch, self.config)
 
 
-# ---------------------------------------------------------------------------------------------------
+def update(policy, optimizer, answers, microbatch, config):
+    """One optimiser step of PPO, with made-up rewards; returns the number of its samples."""
+
+    def row(name):
+        return torch.tensor([[getattr(answer, name) for answer in answers]])   # (1, N)
+
+    shape = (1, len(answers))
+    rollout = Rollout(
+        answers=answers,
+        logp_cot=row("logp_cot"),
+        logp_action=row("logp_action"),
+        values=row("value"),
+        next_values=torch.zeros(shape),
+        rewards=torch.randn(shape),
+        terminated=torch.ones(shape, dtype=torch.bool),
+        truncated=torch.zeros(shape, dtype=torch.bool),
+        sft_logp_cot=row("logp_cot"),
+    )
+    one_step = {"epochs": 1, "minibatch": len(answers), "microbatch": microbatch}
+    config = argparse.Namespace(**vars(config) | one_step)
+    ppo_update(policy, optimizer, rollout, config.cot_scale, config)
+    return len(answers)
+
+
+def questions_of(infos):
+    return [prompts.build_prompt(info) for info in infos]
+
+
+def parsed_actions(answers, infos, rng):
+    actions = []
+    for answer, info in zip(answers, infos):
+        action, _ = prompts.parse_action(answer.text, info["legal_actions"], rng)
+        actions.append(action)
+    return actions
+
+
+def padded(answers, length):
+    """The paper's padding: every answer gets `length` tokens.
+
+    The sums of log-probabilities change; this is for timing.
+    """
+    for answer in answers:
+        missing = length - len(answer.tokens)
+        padding = answer.tokens.new_full((missing,), answer.tokens[-1].item())
+        answer.tokens = torch.cat([answer.tokens, padding])
+    return answers
+
+
+# -------------------------------------------------------------------------------------------------
+# Ours beside the paper's schedule and the limit
+
+
+def schedules(config, rounds):
+    """Measure and print a table of rates, and the seconds of the whole job; returns a dict."""
+    work = Work(config)
+    times = {}  # (phase, "ours" or "paper") -> seconds a unit, one for each round
+
+    def measure(phase, schedule, function, *args):
+        work.become(FastVLMPolicy if schedule == "ours" else VLMPolicy)
+        began = time.perf_counter()
+        num_units = function(*args)
+        taken = time.perf_counter() - began
+        times.setdefault((phase, schedule), []).append(taken / num_units)
+
+    # SFT, then the adapter and all that comes after it
+    for _ in range(rounds):
+        measure("SFT samples", "ours", work.sft, SFT_SAMPLES)
+        measure("SFT samples", "paper", work.sft, 1)
+    work.become(FastVLMPolicy)
+    answers = work.sample(2 * PPO_SAMPLES)
+    sft_flops = sum(flops_per_sample(work.policy, answers).values())
+    work.begin_rl()
+    flops = flops_per_sample(work.policy, answers)
+    padded_answers = padded(work.sample(PADDED_SAMPLES), 2 * config.max_new_tokens)
+    for _ in range(rounds):
+        measure("env steps, no model", "ours", work.play_expert, 20)
+        measure("pictures", "ours", work.draw)
+        measure("rollout steps,  1 env", "ours", work.play, 1, 8)
+        measure("rollout steps", "paper", work.play_as_paper, 8)
+        measure("rollout steps, 16 envs", "ours", work.play, 16, 4)
+        measure("rollout steps, 64 envs", "ours", work.play, 64, 2)
+        measure("PPO samples", "ours", work.update, answers[:PPO_SAMPLES], config.microbatch)
+        measure("PPO samples", "paper", work.update, padded_answers, 1)
+    times = {key: statistics.median(values) for key, values in times.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    # Limits: arithmetic over the rate of matrix products; while decoding, also bytes over the
+    # rate at which memory is read
+    policy = work.policy
+    length = statistics.mean(len(answer.tokens) for answer in answers)
+    prompt = prompt_length(answers)
+    matrix_rate = measure_matrix_rate(policy, rows=int(64 * (prompt + 30)))
+    decode_rate = measure_matrix_rate(policy, rows=64)
+    read_rate = measure_read_rate(policy.model.device)
+    step_bytes = policy.model.get_memory_footprint() + cache_bytes(policy, 64, prompt + length / 2)
+    limits = {
+        "SFT samples": sft_flops / matrix_rate,
+        "PPO samples": (flops["forward"] + flops["inputs"] + flops["adapter"]) / matrix_rate,
+        "rollout steps, 64 envs": flops["forward"] / decode_rate,
+        "the same, bandwidth": length * step_bytes / read_rate / 64,
+    }
+    times["the same, bandwidth", "ours"] = times["rollout steps, 64 envs", "ours"]
+
+    # Print the table
+    print(f"{config.model}, {config.env}, {torch.get_num_threads()} threads, "
+          f"prompts of {prompt:.0f} and answers of {length:.0f} tokens, "
+          f"{matrix_rate / 1e9:.0f} GFLOP/s for these shapes "
+          f"({decode_rate / 1e9:.0f} while decoding), "
+          f"memory read at {read_rate / 1e9:.0f} GB/s, {rounds} rounds\n")
+    print(f"{'phase':<24} {'ours':>9} {'paper':>9} {'ratio':>6} {'limit':>9} {'of it':>6}"
+          "     (units a second)")
+    phases = {}
+    for phase in [phase for phase, schedule in times if schedule == "ours"]:
+        paper_phase = "rollout steps" if phase.startswith("rollout") else phase
+        row = rates(times[phase, "ours"], times.get((paper_phase, "paper")), limits.get(phase))
+        phases[phase] = row
+        print(f"{phase:<24} {row['ours']:9.1f}", end="")
+        if row["paper"]:
+            print(f" {row['paper']:9.1f} {row['ratio']:5.1f}x", end="")
+        else:
+            print(" " * 17, end="")
+        if row["limit"]:
+            print(f" {row['limit']:9.0f} {row['of_limit']:6.0%}", end="")
+        print()
+
+    # Print the whole job
+    pictures_share = times["pictures", "ours"] / times["rollout steps, 64 envs", "ours"]
+    print("\npictures (drawing, shrinking, normalising) are "
+          f"{pictures_share:.0%} of a rollout at 64 environments")
+    jobs = {}
+    totals = {}
+    for schedule, rollout in (("ours", "rollout steps, 64 envs"), ("paper", "rollout steps")):
+        jobs[schedule] = {
+            "SFT": times["SFT samples", schedule] * config.sft_steps * config.sft_batch,
+            "rollout": times[rollout, schedule] * config.env_steps,
+            "update": times["PPO samples", schedule] * config.env_steps * config.epochs,
+        }
+        totals[schedule] = sum(jobs[schedule].values())
+        parts = " + ".join(f"{phase} {taken:.0f} s" for phase, taken in jobs[schedule].items())
+        print(f"whole job from these rates, {schedule:<5}: {totals[schedule]:7.0f} s = {parts}")
+    print(f"ratio {totals['paper'] / totals['ours']:.1f}x; peak memory {peak:.2f} GiB\n")
+    return {"phases": phases, "job_seconds": jobs, "pictures_share": pictures_share,
+            "matrix_flops": matrix_rate}
+
+
+def rates(ours, paper, limit):
+    """A row of the table from seconds a unit; None where there is no such schedule or limit."""
+    row = {"ours": 1 / ours, "paper": None, "ratio": None, "limit": None, "of_limit": None}
+    if paper:
+        row["paper"] = 1 / paper
+        row["ratio"] = paper / ours
+    if limit:
+        row["limit"] = 1 / limit
+        row["of_limit"] = limit / ours
+    return row
+
+
+# -------------------------------------------------------------------------------------------------
+# What each trick of FastVLMPolicy is worth
+
+
+class WithoutEncode(FastVLMPolicy):
+    """Lets the library's processor read every picture and every prompt."""
+
+    encode = VLMPolicy.encode
+
+
+class WithoutMergedProducts(FastVLMPolicy):
+    """Lets a layer with its adapter make three products."""
+
+    def merged(self):
+        return contextlib.nullcontext()
+
+
+class WithoutShortMLP(FastVLMPolicy):
+    """Lets the last MLP compute all tokens."""
+
+    hidden_states = VLMPolicy.hidden_states
+
+
+TRICKS = {
+    "pictures and prompts": WithoutEncode,
+    "merged products": WithoutMergedProducts,
+    "last MLP": WithoutShortMLP,
+    "all three": VLMPolicy,
+}
+
+
+def tricks(config, rounds):
+    """Measure and print what the job would take without each trick; returns a dict.
+
+    In every phase the variants take turns, and each round compares them with the full policy of
+    the same round: what slows the machine for a while slows all of them.
+    """
+    work = Work(config)
+    expert = evaluate(expert_agent, config.env, episodes=200, label="")
+    evaluation_steps = round(2 * config.eval_episodes * expert["episode_length"])  # SFT and RL
+
+    # The job in phases: name -> its number of units, and variant -> seconds a unit in each round
+    num_units = {
+        "SFT": config.sft_steps * config.sft_batch,
+        "steps": config.env_steps + evaluation_steps,
+        "rollouts' ends": config.env_steps,
+        "updates": config.env_steps * config.epochs,
+    }
+    times = {}
+    times["SFT"] = take_turns(work, rounds, work.sft, SFT_SAMPLES)
+    work.begin_rl()
+    answers = work.sample(2 * PPO_SAMPLES)
+    times["steps"] = take_turns(work, rounds, work.play, 64, 2)
+    times["rollouts' ends"] = take_turns(work, rounds, work.end_of_rollout, answers)
+    times["updates"] = take_turns(
+        work, rounds, work.update, answers[:PPO_SAMPLES], config.microbatch)
+
+    print(f"What each trick of FastVLMPolicy is worth ({config.model}, {config.env}, "
+          f"{torch.get_num_threads()} threads, {rounds} rounds, {clock()[0]}).")
+    print("Seconds of the job, and what is added to them without a trick; "
+          "in parentheses the middle half of the rounds.\n")
+    print(f"{'':<29}" + "".join(f"{phase:>15}" for phase in times) + f"{'in all':>10}   of the job")
+    print(f"{'units':<29}" + "".join(f"{count:15,}" for count in num_units.values()))
+
+    # The full policy
+    full = {}
+    for phase in times:
+        full[phase] = num_units[phase] * statistics.median(times[phase]["full"])
+    job = sum(full.values())
+    print(f"{'FastVLMPolicy':<29}" + "".join(f"{taken:15.1f}" for taken in full.values())
+          + f"{job:10.1f}")
+    result = {"job_seconds": full}
+
+    # Without each trick: the median of the rounds' ratios counts
+    for trick in TRICKS:
+        added = {}  # phase -> seconds, one for each round
+        for phase, taken in full.items():
+            ratios = np.divide(times[phase][trick], times[phase]["full"])
+            added[phase] = taken * (ratios - 1)
+        medians = {phase: float(np.median(x)) for phase, x in added.items()}
+        total = sum(medians.values())
+        low, high = np.percentile(sum(added.values()), [25, 75])
+        print(f"{'without ' + trick:<29}" + "".join(f"{x:+15.1f}" for x in medians.values())
+              + f"{total:+10.1f}   {total / job:.1%} ({low / job:.1%} to {high / job:.1%})")
+        result[trick] = medians
+    return {"tricks": result}
+
+
+def take_turns(work, rounds, function, *args):
+    """Time a piece of work with every variant of the policy, `rounds` times in turns.
+
+    Returns a dict: variant -> seconds a unit, one for each round.
+    """
+    variants = {"full": FastVLMPolicy} | TRICKS
+    times = {name: [] for name in variants}
+    _, now = clock()
+    for i in range(rounds + 1):
+        order = list(variants)
+        if i % 2:
+            order.reverse()
+        for name in order:
+            work.become(variants[name])
+            work.start_again(seed=i)
+            began = now()
+            num_units = function(*args)
+            times[name].append((now() - began) / num_units)
+    work.become(FastVLMPolicy)
+    return {name: values[1:] for name, values in times.items()}  # the first round warms up
+
+
+def clock():
+    """(name, function) of the clock that tells how long work takes where others share the machine.
+
+    One thread has worked as long as it had a processor; several wait for each other.
+    """
+    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
+        return "processor time", time.process_time
+    return "wall clock", time.perf_counter
+
+
+# -------------------------------------------------------------------------------------------------
 # The limit
 
 
 def flops_per_sample(policy, answers):
-    """FLOPs a sample, counted from the layers: a dict of what runs forward (`forward`), what the gradient to the inputs repeats
-    (`inputs`), what the gradient of all weights does (`weights`) and of an adapter's alone (`adapter`).
+    """FLOPs a sample, counted from the layers, as a dict.
 
-    A linear layer of m x n weights takes 2 m n a token, a convolution of patches as much a patch; attention 4 T D a token and
-    layer (scores and mixing, T the length), half of it where it is causal; the last MLP and the language head only read the
-    answer's tokens.
-    A and B of rank r take 4 r (m + n) a token: their gradients are two thin products each.
+        forward   what runs forward
+        inputs    what the gradient to the inputs repeats
+        weights   what the gradient of all weights does
+        adapter   what the gradient of an adapter alone does
+
+    A linear layer of m x n weights takes 2 m n a token, a convolution of patches as much a patch.
+    Attention takes 4 T D a token and layer (scores and mixing, T the length), half of it where it
+    is causal. The last MLP and the language head read only the answer's tokens. A and B of rank r
+    take 4 r (m + n) a token: their gradients are two thin products each.
     """
-    prompt, length = answers[0].inputs["input_ids"].shape[1], statistics.mean(len(a.tokens) for a in answers)
-    counted = dict.fromkeys(("forward", "inputs", "weights", "adapter"), 0.0)
-    text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
+    text = policy.model.config.get_text_config()
+    vision = policy.model.config.vision_config
+    patches = num_patches(policy)
+    prompt = answers[0].inputs["input_ids"].shape[1]
+    length = statistics.mean(len(answer.tokens) for answer in answers)
+    last_mlp = f"layers.{text.num_hidden_layers - 1}.mlp"
+
+    flops = {"forward": 0.0, "inputs": 0.0, "weights": 0.0, "adapter": 0.0}
     for name, module in policy.model.named_modules():
-        tokens = (patches(policy) if "vision" in name or "projector" in name or "connector" in name
-                  else length + 1 if "lm_head" in name or f"layers.{text.num_hidden_layers - 1}.mlp" in name else prompt + length)
-        if "lora_A" in name and isinstance(module, torch.nn.Linear):
+        # How many tokens or patches the layer reads
+        tokens = prompt + length
+        if contains(name, "vision", "projector", "connector"):
+            tokens = patches
+        elif contains(name, "lm_head", last_mlp):
+            tokens = length + 1
+
+        is_linear = isinstance(module, torch.nn.Linear)
+        if "lora_A" in name and is_linear:
             layer = policy.model.get_submodule(name.split(".lora_A")[0])
-            counted["adapter"] += 4 * module.out_features * (layer.in_features + layer.out_features) * tokens
-        elif isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "lora_" not in name:
-            work = 2 * module.weight.numel() * tokens
-            counted["forward"] += work
-            counted["weights"] += work
-            counted["inputs"] += work * isinstance(module, torch.nn.Linear)  # nothing lies below the patches
+            rank = module.out_features
+            flops["adapter"] += 4 * rank * (layer.in_features + layer.out_features) * tokens
+        elif "lora_" not in name and (is_linear or isinstance(module, torch.nn.Conv2d)):
+            layer_flops = 2 * module.weight.numel() * tokens
+            flops["forward"] += layer_flops
+            flops["weights"] += layer_flops
+            if is_linear:  # nothing lies below the convolution of patches
+                flops["inputs"] += layer_flops
+
     attention = text.num_hidden_layers * 2 * (prompt + length) ** 2 * text.hidden_size
-    attention += vision.num_hidden_layers * 4 * patches(policy) ** 2 * vision.hidden_size
-    return {key: work + attention * (2 if key == "inputs" else key == "forward") for key, work in counted.items()}
+    attention += vision.num_hidden_layers * 4 * patches**2 * vision.hidden_size
+    flops["forward"] += attention
+    flops["inputs"] += 2 * attention  # both factors of a product have a gradient
+    return flops
 
 
-def patches(policy):
+def contains(text, *words):
+    return any(word in text for word in words)
+
+
+def num_patches(policy):
     vision = policy.model.config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
 
-def matrix_rate(policy, rows):
-    """Measured FLOP/s of (rows x D) by (D x F) products, D and F the language model's sizes, in its number format."""
+def prompt_length(answers):
+    """Mean number of tokens of the prompts, pictures included."""
+    return statistics.mean(answer.inputs["input_ids"].shape[1] for answer in answers)
+
+
+def cache_bytes(policy, num_answers, tokens):
+    """Bytes of the keys and values of `tokens` tokens in each of the answers."""
     text = policy.model.config.get_text_config()
-    a = torch.randn(rows, text.hidden_size, dtype=policy.model.dtype, device=policy.model.device)
-    b = torch.randn(text.hidden_size, text.intermediate_size, dtype=a.dtype, device=a.device)
-    out = a @ b  # written to again: new memory of a CPU is slow at first touch, which is not the products' doing
-    times = [seconds(lambda: torch.matmul(a, b, out=out))[0] for _ in range(30)]
-    return 2 * a.numel() * b.shape[1] / statistics.median(times)
+    values_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return num_answers * tokens * values_per_token * policy.model.dtype.itemsize
 
 
-def read_rate(device):
-    """Measured bytes a second that a pass over 2 GB of a GPU's memory, or 200 MB of a CPU's, reads."""
-    x = torch.ones(500_000_000 if torch.cuda.is_available() else 50_000_000, device=device)
-    return 4 * x.numel() / statistics.median(seconds(torch.sum, x)[0] for _ in range(10))
+def measure_matrix_rate(policy, rows):
+    """FLOP/s of (rows x D) by (D x F) products in the model's number format.
+
+    D and F are the language model's sizes.
+    """
+    text = policy.model.config.get_text_config()
+    dtype = policy.model.dtype
+    device = policy.model.device
+    a = torch.randn(rows, text.hidden_size, dtype=dtype, device=device)
+    b = torch.randn(text.hidden_size, text.intermediate_size, dtype=dtype, device=device)
+    # Write into the same memory: new memory of a CPU is slow at first touch
+    out = a @ b
+    taken = median_seconds(30, lambda: torch.matmul(a, b, out=out))
+    return 2 * a.numel() * b.shape[1] / taken
 
 
-# ---------------------------------------------------------------------------------------------------
+def measure_read_rate(device):
+    """Bytes a second of a pass over 2 GB of a GPU's memory, or 200 MB of a CPU's."""
+    count = 500_000_000 if torch.cuda.is_available() else 50_000_000
+    x = torch.ones(count, device=device)                                       # float32
+    return 4 * x.numel() / median_seconds(10, torch.sum, x)
+
+
+# -------------------------------------------------------------------------------------------------
 # Growth
+
+# Axis -> its settings: (arguments of `sized`, environments, size on the axis)
+GROWTH = {
+    "environments": [({}, n, n) for n in (4, 16, 64, 256)],
+    "tokens of the answer": [({"tokens": n}, 16, n) for n in (16, 32, 64, 128)],
+    "tokens of the picture": [({"patches": n}, 16, n * n) for n in (3, 5, 10, 15)],
+    "width of the language model": [({"width": n}, 16, n) for n in (64, 128, 256, 512)],
+}
 
 
 def sized(patches=5, width=128, tokens=32):
-    """The embedded model with patches x patches picture tokens and another width, untrained, writing exactly `tokens` tokens."""
+    """The embedded model with patches x patches picture tokens and another width, untrained.
+
+    It writes exactly `tokens` tokens.
+    """
     model, processor = load_model("tiny")
     config = copy.deepcopy(model.config)
     config.vision_config.image_size = 20 * patches
-    config.text_config.hidden_size, config.text_config.intermediate_size = width, 3 * width
+    config.text_config.hidden_size = width
+    config.text_config.intermediate_size = 3 * width
     processor.image_processor.size = {"height": 20 * patches, "width": 20 * patches}
-    policy = VLMPolicy(type(model)(config), processor, max_new_tokens=tokens)
-    policy.eos, policy.forbidden = set(), policy.forbidden.clone()
-    policy.forbidden[processor.tokenizer.eos_token_id] = -torch.inf
+    policy = FastVLMPolicy(type(model)(config), processor, max_new_tokens=tokens)
+    write_to_the_last_token(policy)
     policy.add_lora(16, 32)
     return policy
 
 
+def write_to_the_last_token(policy):
+    """Forbid the end of an answer."""
+    policy.forbidden[policy.eos_ids] = -torch.inf
+
+
 def growth(file, rounds):
-    """Plot seconds of a sampling and of a gradient step, and the gradient step's memory, against each size; print the fitted exponents."""
+    """Plot how sampling and a gradient step grow with each size; print the fitted exponents."""
     from matplotlib.figure import Figure
-    from torch.profiler import ProfilerActivity, profile
 
-    axes = {"environments": [(dict(), n, n) for n in (4, 16, 64, 256)],
-            "tokens of the answer": [(dict(tokens=t), 16, t) for t in (16, 32, 64, 128)],
-            "tokens of the picture": [(dict(patches=p), 16, p * p) for p in (3, 5, 10, 15)],
-            "width of the language model": [(dict(width=w), 16, w) for w in (64, 128, 256, 512)]}
-    figure = Figure(figsize=(4 * len(axes), 3.6), layout="constrained")
-    for panel, (name, settings) in zip(figure.subplots(1, len(axes)), axes.items()):
-        measured = {"sampling (s)": [], "gradient (s)": [], "gradient's memory (GB)": []}
-        for sizes, n, _ in settings:
-            policy, games = sized(**sizes), env.Games("blackjack", n, 0)
-            asked = [prompts.build_prompt(info) for info in games.infos]
-            answers = policy.act(games.images, asked)
+    figure = Figure(figsize=(4 * len(GROWTH), 3.6), layout="constrained")
+    for panel, (axis, settings) in zip(figure.subplots(1, len(GROWTH)), GROWTH.items()):
+        sizes = [size for _, _, size in settings]
+        measured = {}  # what -> its values, one for each size
+        for arguments, num_envs, _ in settings:
+            for what, value in costs(sized(**arguments), num_envs, rounds).items():
+                measured.setdefault(what, []).append(value)
 
-            def step():
-                scores = policy.evaluate(answers)
-                (scores.logp_cot + scores.logp_action + scores.value).sum().backward()
-
-            step()
-            measured["sampling (s)"].append(statistics.median(seconds(policy.act, games.images, asked)[0] for _ in range(rounds)))
-            measured["gradient (s)"].append(statistics.median(seconds(step)[0] for _ in range(rounds)))
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-                scores = policy.evaluate(answers)
-            measured["gradient's memory (GB)"].append(sum(max(event.self_cpu_memory_usage, 0) for event in profiled.events()) / 1e9)
-            del scores
-        sizes = [size for *_, size in settings]
-        print(f"{name} {sizes}")
+        print(f"{axis} {sizes}")
         for what, values in measured.items():
             exponent = np.polyfit(np.log(sizes), np.log(values), 1)[0]
-            print(f"  {what:<24} exponent {exponent:5.2f}   " + "  ".join(f"{value:.3f}" for value in values))
+            numbers = "  ".join(f"{value:.3f}" for value in values)
+            print(f"  {what:<24} exponent {exponent:5.2f}   {numbers}")
             panel.loglog(sizes, values, "o-", label=f"{what}, exponent {exponent:.2f}")
         panel.minorticks_off()
         panel.set_xticks(sizes, sizes)
-        panel.set(xlabel=name)
+        panel.set(xlabel=axis)
         panel.legend(frameon=False, fontsize=7)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=90)
 
 
-# ---------------------------------------------------------------------------------------------------
+def costs(policy, num_envs, rounds):
+    """Seconds of sampling and of a gradient step, and the memory of the latter, as a dict."""
+    from torch.profiler import ProfilerActivity, profile
+
+    games = env.Games("blackjack", num_envs, 0)
+    questions = questions_of(games.infos)
+    answers = policy.act(games.images, questions)
+
+    def gradient_step():
+        scores = policy.evaluate(answers)
+        (scores.logp_cot + scores.logp_action + scores.value).sum().backward()
+
+    gradient_step()
+    sampling = median_seconds(rounds, policy.act, games.images, questions)
+    gradient = median_seconds(rounds, gradient_step)
+
+    # All memory that the forward pass asks for, as the backward pass finds it
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        scores = policy.evaluate(answers)
+    memory = sum(max(event.self_cpu_memory_usage, 0) for event in profiled.events())
+    del scores
+    return {"sampling (s)": sampling, "gradient (s)": gradient,
+            "gradient's memory (GB)": memory / 1e9}
+
+
+# -------------------------------------------------------------------------------------------------
 # The paper's model
 
 
-def random_llava(config, part, device):
-    """A `VLMPolicy` of LLaVA-1.6-7B's architecture, Mistral-7B and CLIP ViT-L/14 at 336 pixels, with random weights; every answer has 100 tokens.
+def random_llava(config, shrink, device):
+    """A policy of LLaVA-1.6-7B's architecture with random weights; its answers have 100 tokens.
 
-    part: what widths and depths are divided by, 1 for bfloat16 and the whole, else float32."""
+    That is Mistral-7B and CLIP ViT-L/14 at 336 pixels. shrink: what widths and depths are divided
+    by; 1 takes the whole in bfloat16, all others are float32.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        MistralConfig,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     threads = torch.get_num_threads()
     from test_models import template, tokenizer
     torch.set_num_threads(threads)  # the tests take one
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, MistralConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    dtype = torch.bfloat16 if part == 1 else torch.float32
     words = tokenizer("byte-level", "<image>")
+    text_config = MistralConfig(
+        vocab_size=32064, hidden_size=4096 // shrink, intermediate_size=14336 // shrink,
+        num_hidden_layers=32 // shrink, num_attention_heads=32 // shrink,
+        num_key_value_heads=8 // shrink, sliding_window=None,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision_config = CLIPVisionConfig(
+        hidden_size=1024 // shrink, intermediate_size=4096 // shrink,
+        num_hidden_layers=24 // shrink, num_attention_heads=16 // shrink,
+        image_size=336, patch_size=14)
     architecture = LlavaConfig(
-        text_config=MistralConfig(vocab_size=32064, hidden_size=4096 // part, intermediate_size=14336 // part, num_hidden_layers=32 // part,
-                                  num_attention_heads=32 // part, num_key_value_heads=8 // part, sliding_window=None,
-                                  pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        vision_config=CLIPVisionConfig(hidden_size=1024 // part, intermediate_size=4096 // part, num_hidden_layers=24 // part,
-                                       num_attention_heads=16 // part, image_size=336, patch_size=14),
+        text_config=text_config, vision_config=vision_config,
         image_token_id=words.convert_tokens_to_ids("<image>"))
-    processor = LlavaProcessor(CLIPImageProcessorPil(size={"height": 336, "width": 336}, do_center_crop=False), words, patch_size=14,
-                               vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"))
-    torch.set_default_dtype(dtype)
+    image_processor = CLIPImageProcessorPil(
+        size={"height": 336, "width": 336}, do_center_crop=False)
+    processor = LlavaProcessor(
+        image_processor, words, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template("<image>"))
+
+    torch.set_default_dtype(torch.bfloat16 if shrink == 1 else torch.float32)
     with torch.device(device):
         model = LlavaForConditionalGeneration(architecture)
     torch.set_default_dtype(torch.float32)
-    policy = VLMPolicy(model, processor, config.temperature, max_new_tokens=100)
-    policy.eos = set()
-    policy.forbidden[words.eos_token_id] = -torch.inf
+    policy = FastVLMPolicy(model, processor, config.temperature, max_new_tokens=100)
+    write_to_the_last_token(policy)
     return policy
 
 
 def plans(config):
-    """Print the memory that training of the whole model expects, as a table: flags, parts and peak in GB."""
+    """Print the memory that training of the whole model expects: flags, parts and peak in GB."""
     policy = random_llava(config, 1, "meta")
-    linear = sum(m.weight.numel() for m in policy.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16)
-    for flags in ({}, {"microbatch": 4}, {"microbatch": 4, "gradient_checkpointing": False}, {"lora_rank": 32, "num_envs": 8},
-                  {"quantize": "4bit"}, {"quantize": "4bit", "lora_rank": 32, "num_envs": 8}):
-        # Four bits a weight and a float32 scale for every 64, instead of 16 bits.
-        saved = (2 - 4 / 8 - 4 / 64) * linear / 1e9 if "quantize" in flags else 0
-        peak, parts = train.memory_plan(policy, argparse_namespace(**vars(config) | flags))
-        parts["weights"] -= saved
-        print(f"{' '.join(f'{flag}={value}' for flag, value in flags.items()) or 'the preset':<40} "
-              + "  ".join(f"{name} {gb:.1f}" for name, gb in parts.items()) + f"  peak {peak - saved:.1f} GB")
+    num_weights = 0  # those that four bits can hold
+    for module in policy.model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
+            num_weights += module.weight.numel()
+
+    settings = [
+        {},
+        {"microbatch": 4},
+        {"microbatch": 4, "gradient_checkpointing": False},
+        {"lora_rank": 32, "num_envs": 8},
+        {"quantize": "4bit"},
+        {"quantize": "4bit", "lora_rank": 32, "num_envs": 8},
+    ]
+    for flags in settings:
+        peak, parts = train.memory_plan(policy, argparse.Namespace(**vars(config) | flags))
+        if "quantize" in flags:
+            # Four bits a weight and a float32 scale for every 64, instead of 16 bits
+            saved = (2 - 4 / 8 - 4 / 64) * num_weights / 1e9
+            parts["weights"] -= saved
+            peak -= saved
+        name = " ".join(f"{flag}={value}" for flag, value in flags.items()) or "the preset"
+        columns = "  ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
+        print(f"{name:<40} {columns}  peak {peak:.1f} GB")
 
 
-def paper_model(config, rounds, file, part):
-    """Print what decoding and updates take, beside their limits, and the hours of the paper's 15,000 steps; write it to `file`."""
-    gpu, config.max_new_tokens, memory = torch.cuda.is_available(), 100, -psutil.Process().memory_info().rss / 1e9
-    policy = random_llava(config, part, "cuda" if gpu else "cpu")
-    device, name = policy.model.device, torch.cuda.get_device_name() if gpu else "CPU"
-    name += f", 1/{part} of width and depth" * (part > 1)
-    weights, reading = policy.model.get_memory_footprint(), read_rate(device)
-    text = policy.model.config.get_text_config()
-    print(f"random-llava-1.6-7b on {name}: {weights / 1e9:.1f} GB of weights, memory read at {reading / 1e9:.0f} GB/s")
-    result, step_seconds = {"device": name}, {}
-    sizes, microbatches = ((1, 8, 32, 64), (1, 4, 16)) if gpu else ((1, 4) if part > 1 else (1,), (1,))
-    config.num_envs, config.microbatch = sizes[-1], microbatches[-1]
+def paper_model(config, rounds, shrink, file):
+    """Print what decoding and updates take, beside their limits, and the hours of 15,000 steps.
+
+    The results also go to `file`, as JSON.
+    """
+    has_gpu = torch.cuda.is_available()
+    memory_before = psutil.Process().memory_info().rss / 1e9  # Python and libraries
+    config.max_new_tokens = 100
+    policy = random_llava(config, shrink, "cuda" if has_gpu else "cpu")
+    weights = policy.model.get_memory_footprint()
+    read_rate = measure_read_rate(policy.model.device)
+    device = torch.cuda.get_device_name() if has_gpu else "CPU"
+    if shrink > 1:
+        device += f", 1/{shrink} of width and depth"
+    print(f"{PAPER_MODEL} on {device}: {weights / 1e9:.1f} GB of weights, "
+          f"memory read at {read_rate / 1e9:.0f} GB/s")
+    result = {"device": device}
+
+    # Sizes that the machine bears
+    if has_gpu:
+        sizes = (1, 8, 32, 64)
+        microbatches = (1, 4, 16)
+    elif shrink > 1:
+        sizes = (1, 4)
+        microbatches = (1,)
+    else:
+        sizes = (1,)
+        microbatches = (1,)
+    config.num_envs = sizes[-1]
+    config.microbatch = microbatches[-1]
     planned, _ = train.memory_plan(policy, config)
     policy.checkpoint_gradients()
     policy.add_lora(config.lora_rank, config.lora_alpha)
-    for n in sizes:
-        games = env.Games(config.env, n, 0)
-        asked = [prompts.build_prompt(info) for info in games.infos]
-        answers = policy.act(games.images, asked)
-        prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
-        act = statistics.median(seconds(policy.act, games.images, asked)[0] for _ in range(rounds))
-        prefill = statistics.median(seconds(policy.value, games.images, asked)[0] for _ in range(rounds))
-        cache = n * (prompt + 50) * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * policy.model.dtype.itemsize
-        step_seconds[n] = act / n
-        row = {"steps a second": n / act, "prefill seconds": prefill, "tokens a second": 99 * n / (act - prefill), "limit": n * reading / (weights + cache)}
-        result[f"{n} environments"] = row | {"of the limit": row["tokens a second"] / row["limit"]}
-        print(f"{n:3} environments, prompts of {prompt:.0f} tokens: {n / act:.3g} steps/s, prompts read in {prefill:.3g} s, then {row['tokens a second']:.3g} "
-              f"tokens/s, {row['tokens a second'] / row['limit']:.0%} of the bandwidth's {row['limit']:.3g}", flush=True)
-    optimizer, best = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True), 0.0
+
+    # Sampling: reading the prompts, then a token at a time, which reads all weights and the cache
+    step_seconds = {}
+    for num_envs in sizes:
+        games = env.Games(config.env, num_envs, 0)
+        questions = questions_of(games.infos)
+        answers = policy.act(games.images, questions)
+        prompt = prompt_length(answers)
+        act = median_seconds(rounds, policy.act, games.images, questions)
+        prefill = median_seconds(rounds, policy.value, games.images, questions)
+        token_rate = 99 * num_envs / (act - prefill)
+        token_bytes = weights + cache_bytes(policy, num_envs, prompt + 50)
+        limit = num_envs * read_rate / token_bytes
+        step_seconds[num_envs] = act / num_envs
+        result[f"{num_envs} environments"] = {
+            "steps a second": num_envs / act, "prefill seconds": prefill,
+            "tokens a second": token_rate, "limit": limit, "of the limit": token_rate / limit,
+        }
+        print(f"{num_envs:3} environments, prompts of {prompt:.0f} tokens: "
+              f"{num_envs / act:.3g} steps/s, prompts read in {prefill:.3g} s, "
+              f"then {token_rate:.3g} tokens/s, "
+              f"{token_rate / limit:.0%} of the bandwidth's {limit:.3g}", flush=True)
+
+    # Updates: forward, and forward once more for the checkpoints, and backward
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=0.0, fused=True)
     flops = flops_per_sample(policy, answers)
-    work = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]  # forward, and once more for the checkpoints
-    limit = matrix_rate(policy, int(4 * (prompt + 100))) / work
+    update_flops = 2 * flops["forward"] + flops["inputs"] + flops["adapter"]
+    limit = measure_matrix_rate(policy, rows=int(4 * (prompt + 100))) / update_flops
+    best_rate = 0.0
     for microbatch in microbatches:
         sample = (answers * 2)[:16]
-        rate = len(sample) / statistics.median(seconds(update, policy, optimizer, sample, microbatch, config)[0] for _ in range(rounds))
-        result[f"update, microbatch {microbatch}"], best = {"samples a second": rate, "of the limit": rate / limit}, max(best, rate)
-        print(f"update, microbatch {microbatch:2}: {rate:.3g} samples/s, {rate / limit:.0%} of the matrix rate's {limit:.3g}", flush=True)
-    n = min(32, sizes[-1])
-    # In bfloat16 each step is scored once more before its update.
-    hours = 15_000 * (step_seconds[n] + (config.epochs + (policy.model.dtype == torch.bfloat16) * flops["forward"] / work) / best) / 3600
-    # On a CPU without what Python and libraries take.
-    memory = torch.cuda.max_memory_allocated() / 1e9 if gpu else memory + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"15,000 steps with {n} environments and the best update: {hours:.1f} hours; peak memory {memory:.1f} GB, expected {planned:.1f}")
+        taken = median_seconds(rounds, update, policy, optimizer, sample, microbatch, config)
+        rate = len(sample) / taken
+        best_rate = max(best_rate, rate)
+        result[f"update, microbatch {microbatch}"] = {
+            "samples a second": rate, "of the limit": rate / limit}
+        print(f"update, microbatch {microbatch:2}: {rate:.3g} samples/s, "
+              f"{rate / limit:.0%} of the matrix rate's {limit:.3g}", flush=True)
+
+    # The whole run
+    num_envs = min(32, sizes[-1])
+    passes = config.epochs
+    if policy.model.dtype == torch.bfloat16:  # each step is scored once more before its update
+        passes += flops["forward"] / update_flops
+    hours = 15_000 * (step_seconds[num_envs] + passes / best_rate) / 3600
+    if has_gpu:
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9 - memory_before
+    print(f"15,000 steps with {num_envs} environments and the best update: {hours:.1f} hours; "
+          f"peak memory {memory:.1f} GB, expected {planned:.1f}")
     if file:
-        file.write_text(json.dumps(result | {"hours": hours, "peak_gb": memory, "expected_gb": planned}, indent=1))
-
-
-def update(policy, optimizer, answers, microbatch, config):
-    """One optimiser step of PPO, with made-up rewards; returns the number of its samples."""
-    shape = (1, len(answers))
-    logps = torch.tensor([[[a.logp_cot, a.logp_action, a.value] for a in answers]])
-    false = torch.zeros(shape, dtype=torch.bool)
-    rollout = Rollout(answers, *logps.float().unbind(-1), torch.zeros(shape), torch.randn(shape), ~false, false)
-    ppo_update(policy, optimizer, rollout, cot_scale=config.cot_scale, epochs=1, minibatch=len(answers), microbatch=microbatch)
-    return len(answers)
-
-
-# ---------------------------------------------------------------------------------------------------
-
-
-def main():
-    parser = env.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--env", choices=env.GAMES, default="blackjack", help="the task")
-    parser.add_argument("--model", default="tiny", help="tiny, random-llava-1.6-7b, or a folder with a model")
-    parser.add_argument("--shrink", type=env.positive_int, default=1 if torch.cuda.is_available() else 8, help="divide the sizes of random-llava-1.6-7b by it")
-    parser.add_argument("--lora-rank", type=env.positive_int, default=128, help="of random-llava-1.6-7b")
-    parser.add_argument("--plan", action="store_true", help="print only the memory that random-llava-1.6-7b should need")
-    parser.add_argument("--rounds", type=env.positive_int, default=5, help="rounds of all phases; the median counts")
-    parser.add_argument("--threads", type=env.positive_int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--growth", type=Path, metavar="FILE", help="instead, a plot (PNG) of how the embedded model's cost grows, and the exponents")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.growth:
-        return growth(args.growth, args.rounds)
-    preset = "tiny" if args.model == "tiny" else "paper"
-    config = argparse_namespace(**train.complete({"preset": preset, "env": args.env, "model": args.model}))
-    if args.model == "random-llava-1.6-7b":
-        if args.plan:
-            return plans(config)
-        config.lora_rank = args.lora_rank
-        return paper_model(config, args.rounds, args.json, args.shrink)
-    bench = Bench(config)
-    policy, longest = bench.policy, 2 * config.max_new_tokens
-    sft = {"ours": lambda: bench.sft(32), "paper": lambda: bench.sft(1)}
-    times = {}
-
-    def measure(name, which, function):
-        taken, units = seconds(function)
-        times.setdefault((name, which), []).append(taken / units)
-
-    for _ in range(args.rounds):  # SFT trains all weights of the tiny model; the adapter comes after
-        for which, function in sft.items():
-            measure("SFT samples", which, function)
-    answers = bench.sample(128)
-    sft_work = sum(flops_per_sample(policy, answers).values())
-    policy.add_lora(config.lora_rank, config.lora_alpha)
-    work = flops_per_sample(policy, answers)
-    bench.optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], 0.0, fused=True)
-    padded = pad_answers(bench.sample(16), longest)
-    for _ in range(args.rounds):
-        measure("env steps, no model", "ours", bench.env_steps)
-        measure("pictures", "ours", bench.pictures)
-        measure("rollout steps,  1 env", "ours", lambda: bench.rollout(1, 8))
-        measure("rollout steps", "paper", lambda: bench.rollout(1, 8, paper=True))
-        measure("rollout steps, 16 envs", "ours", lambda: bench.rollout(16, 4))
-        measure("rollout steps, 64 envs", "ours", lambda: bench.rollout(64, 2))
-        measure("PPO samples", "ours", lambda: bench.update(answers[:64], config.microbatch))
-        measure("PPO samples", "paper", lambda: bench.update(padded, 1, paper=True))
-    median = {key: statistics.median(values) for key, values in times.items()}
-    rows = 64 * (answers[0].inputs["input_ids"].shape[1] + 30)
-    rate, decode_rate = matrix_rate(policy, rows), matrix_rate(policy, 64)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    length = statistics.mean(len(a.tokens) for a in answers)
-    prompt = statistics.mean(a.inputs["input_ids"].shape[1] for a in answers)
-    text, size = policy.model.config.get_text_config(), policy.model.dtype.itemsize
-    cache = 64 * (prompt + length / 2) * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2 * size
-    reading = read_rate(policy.model.device)
-    limits = {"PPO samples": (work["forward"] + work["inputs"] + work["adapter"]) / rate, "SFT samples": sft_work / rate,
-              "rollout steps, 64 envs": work["forward"] / decode_rate,
-              "the same, bandwidth": length * (policy.model.get_memory_footprint() + cache) / reading / 64}
-    median["the same, bandwidth", "ours"] = median["rollout steps, 64 envs", "ours"]
-    print(f"{args.model}, {args.env}, {args.threads} threads, prompts of {prompt:.0f} and answers of {length:.0f} tokens, "
-          f"{rate / 1e9:.0f} GFLOP/s for these shapes ({decode_rate / 1e9:.0f} while decoding), "
-          f"memory read at {reading / 1e9:.0f} GB/s, {args.rounds} rounds\n")
-    print(f"{'phase':<24} {'ours':>9} {'paper':>9} {'ratio':>6} {'limit':>9} {'of it':>6}     (units a second)")
-    results = {}
-    for name in [name for name, which in median if which == "ours"]:
-        ours, paper = median[name, "ours"], median.get((name, "paper"))
-        if name.startswith("rollout"):
-            paper = median["rollout steps", "paper"]
-        row = results[name] = {"ours": 1 / ours, "paper": paper and 1 / paper, "ratio": paper and paper / ours,
-                               "limit": name in limits and 1 / limits[name], "of_limit": name in limits and limits[name] / ours}
-        print(f"{name:<24} {row['ours']:9.1f} " + (f"{row['paper']:9.1f} {row['ratio']:5.1f}x" if paper else " " * 16)
-              + (f" {row['limit']:9.0f} {row['of_limit']:6.0%}" if row["limit"] else ""))
-    share = median[("pictures", "ours")] / median[("rollout steps, 64 envs", "ours")]
-    jobs = {}
-    for which, sft_time, step_time, update_time in (
-            ("ours", median[("SFT samples", "ours")], median[("rollout steps, 64 envs", "ours")], median[("PPO samples", "ours")]),
-            ("paper", median[("SFT samples", "paper")], median[("rollout steps", "paper")], median[("PPO samples", "paper")])):
-        jobs[which] = {"SFT": sft_time * config.sft_steps * config.sft_batch, "rollout": step_time * config.env_steps,
-                       "update": update_time * config.env_steps * config.epochs}
-    totals = {which: sum(job.values()) for which, job in jobs.items()}
-    print(f"\npictures (drawing, shrinking, normalising) are {share:.0%} of a rollout at 64 environments")
-    for which, job in jobs.items():
-        print(f"whole job from these rates, {which:<5}: {totals[which]:7.0f} s = " + " + ".join(f"{phase} {t:.0f} s" for phase, t in job.items()))
-    print(f"ratio {totals['paper'] / totals['ours']:.1f}x; peak memory {peak:.2f} GiB")
-    if args.json:
-        args.json.write_text(json.dumps({"phases": results, "job_seconds": jobs, "pictures_share": share, "matrix_flops": rate}, indent=1))
+        result |= {"hours": hours, "peak_gb": memory, "expected_gb": planned}
+        file.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the six files are modul
 NO_ALFWORLD = "ALFWorld is not installed: pip install alfworld==0.4.2"
 
 
-def pytest_configure(config):
-    config.option.reportchars += "s"  # say at the end why tests were skipped, also without -rs
-
-
 def pytest_collection_modifyitems(items):
     """Skip the tests that play ALFWorld if it is not installed. To find this out, do not import it."""
     if importlib.util.find_spec("alfworld"):
@@ -33,3 +29,11 @@ def pytest_collection_modifyitems(items):
         plays_alfworld = "alfworld" in [str(value) for value in parameters]
         if plays_alfworld or item.path.name == "test_alfworld.py":
             item.add_marker(pytest.mark.skip(reason=NO_ALFWORLD))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line at the end how many tests were skipped without ALFWorld, also without -rs."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    without_alfworld = [report for report in skipped if NO_ALFWORLD in str(report.longrepr)]
+    if without_alfworld:
+        terminalreporter.write_line(f"{len(without_alfworld)} skipped: {NO_ALFWORLD}")

@@ -132,7 +132,7 @@ def test_every_demonstration_is_read_as_it_was_written():
     for name in prompts.CARD_TASKS:
         info = env.Games(name, 1, 0).infos[0]
         said = evaluation.read_fields(prompts.demonstration(info, info["legal_actions"][0]))
-        truth = {key: field.truth(info) for key, field in prompts.fields(info).items()}
+        truth = {key: field.truth(info) for key, field in prompts.answer_fields(info).items()}
         assert set(said) == {*truth, "action"} and all(evaluation.same_value(said[key], value) for key, value in truth.items())
 
 

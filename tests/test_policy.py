@@ -25,7 +25,8 @@ def build(policy_class):
     for name, p in policy.model.named_parameters():  # an adapter that does something
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    policy.standardise(demonstrations(policy, "blackjack", 16))
+    shown = demonstrations(policy, "blackjack", 16)
+    policy.standardise([answer.inputs for answer in shown])
     return policy
 
 
