@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -460,8 +461,9 @@ GAMES = {}  # name of a task -> its class
 def register(game):
     """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
     GAMES[game.name] = game
-    in_this_file = game.__module__ == __name__
-    entry_point = f"{__name__}:{game.__name__}" if in_this_file else game
+    entry_point = game
+    if getattr(sys.modules[game.__module__], game.__name__, game) is game:
+        entry_point = f"{game.__module__}:{game.__name__}"  # a name can be written to JSON
     gym.register(env_id(game.name), entry_point=entry_point)
 
 
@@ -481,32 +483,58 @@ def expert_action(info):
     return GAMES[info["env"]].expert(info)
 
 
+STREAMS = ("sft", "rollout", "evaluation")
+STREAM_LENGTH = 2**32  # more episodes than any stream needs
+
+
+def episode_seeds(stream, seed, process=0):
+    """The seeds of a stream's episodes, without end: first, first + 1, first + 2, ...
+
+    stream: one of STREAMS. Each stream, seed and process has a `first` of its own, a random
+    multiple of STREAM_LENGTH. So no two of them ever play the same deal.
+    """
+    sequence = np.random.SeedSequence([STREAMS.index(stream), seed, process])
+    block = int(sequence.generate_state(1, np.uint64)[0])
+    return itertools.count(block * STREAM_LENGTH)
+
+
 class Games:
     """N games that step together, by Gymnasium's vector API. A game that ends begins a new episode.
 
     name: a task, or several with commas between them, which take turns.
-    num_envs: N. evaluation: play the episodes that are kept for evaluation.
+    num_envs: N. seeds: an iterator, such as episode_seeds(...), of which each game's first episode
+    takes one; or an int, for seeds from there on.
+    evaluation: play the episodes that are kept for evaluation.
+    first, total: if several processes share the games, the number of this process's first game,
+    and how many they have together.
 
     Two attributes show the states in which to act next:
     images  (N, 300, 300, 3) uint8; the next step overwrites them
     infos   list of N dicts
     """
 
-    def __init__(self, name, num_envs, seed, obs="image", evaluation=False):
+    def __init__(self, name, num_envs, seeds, obs="image", evaluation=False, first=0, total=None):
         names = name.split(",")
+        total = total or num_envs
+        if total < len(names):
+            raise ValueError(f"{len(names)} tasks need at least {len(names)} environments, "
+                             f"not {total}")
         num_actions = max(len(GAMES[name].actions) for name in names)
 
         def make(name):
             arguments = GAMES[name].evaluation if evaluation else {}
             game = gym.make(env_id(name), obs=obs, **arguments)
-            game.action_space = gym.spaces.Discrete(num_actions)  # must be the same in all games
+            # The action space must be the same in all games
+            game.unwrapped.action_space = gym.spaces.Discrete(num_actions)
             return game
 
         # Turn Gymnasium's automatic reset off: it would replace the last picture of a truncated
         # episode, and training needs the value of that picture.
-        makers = [partial(make, names[i % len(names)]) for i in range(num_envs)]
+        makers = [partial(make, names[(first + i) % len(names)]) for i in range(num_envs)]
         self.vector = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode="Disabled")
-        images, infos = self.vector.reset(seed=seed)
+        if isinstance(seeds, int):
+            seeds = itertools.count(seeds)
+        images, infos = self.vector.reset(seed=[next(seeds) for _ in range(num_envs)])
         self.images = images
         self.infos = split_info(infos)
 
@@ -1129,7 +1157,11 @@ class ALFWorldEnv(Game):
 
     split: "train", or "unseen" with other rooms. If the environment variable ALFWORLD_DATA is set,
     the games are those of ALFWorld's data set (also "seen"). Else they are made from seeds and kept
-    in the user's cache. All types of tasks come equally often.
+    in the user's cache. In "train" all types of tasks come equally often. The other splits are for
+    evaluation: seeds that follow each other play one game after the other, each once, then again.
+
+    The legal actions are all that the engine admits. An index beyond them plays nothing: as in the
+    engine, nothing happens, and the step counts.
 
     State:
     task, task_type    the task in words, and its type, a key of ALFRED_TASKS
@@ -1154,9 +1186,10 @@ class ALFWorldEnv(Game):
         if split not in splits:
             condition = "" if data else " (without ALFWORLD_DATA)"
             raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{condition}")
-        alfworld_engine()  # raises ValueError if the packages are missing
+        with ENGINE_LOCK:
+            alfworld_engine()  # raises ValueError if the packages are missing
 
-        # The names of all games: a list for each type of task
+        # The names of all games: a list for each type of task, and one in turn for evaluation
         self.split = split
         self.data = None
         if data:
@@ -1166,25 +1199,51 @@ class ALFWorldEnv(Game):
             self.names = []
             for task_type in ALFRED_TASKS:
                 self.names.append([f"{task_type}/{i}" for i in range(self.games[split])])
+        self.in_turn = one_of_each(self.names)
+        if data and split != "train":
+            self.in_turn = [name for name in self.in_turn if self._is_solvable(name)]
         super().__init__(render_mode, obs)
 
+    def reset(self, *, seed=None, options=None):
+        self._number = None  # the episode's number among those of its stream
+        if seed is not None:
+            self._number = seed % STREAM_LENGTH
+        return super().reset(seed=seed, options=options)
+
     def deal(self):
-        # A few games of the data set cannot be solved, and their files say so: draw again
-        solvable = False
-        while not solvable:
-            names = self.names[self.np_random.integers(len(self.names))]
-            self.game = names[self.np_random.integers(len(names))]
-            game_and_trajectory = self._load(self.game)
-            solvable = game_and_trajectory[0].get("solvable", True)
-        self._begin(*game_and_trajectory)
+        with ENGINE_LOCK:
+            # Evaluation plays the games in turn
+            if self.split != "train" and self._number is not None:
+                self.game = self.in_turn[self._number % len(self.in_turn)]
+                self._begin(*self._load(self.game))
+                return
+
+            # Training draws a type of task, then a game
+            solvable = False
+            while not solvable:
+                names = self.names[self.np_random.integers(len(self.names))]
+                self.game = names[self.np_random.integers(len(names))]
+                solvable = self._is_solvable(self.game)
+            self._begin(*self._load(self.game))
+
+    def _is_solvable(self, name):
+        """A few games of the data set cannot be solved, and their files say so."""
+        return self._load(name)[0].get("solvable", True)
 
     def _load(self, name):
         if self.data:
             return data_game(self.data / name)
         return kept_game(self.split, name)
 
+    def action_of(self, index):
+        legal_actions = self.legal_actions()
+        if index >= len(legal_actions):
+            return NOTHING
+        return legal_actions[index]
+
     def play(self, action):
-        self._act(action)
+        with ENGINE_LOCK:
+            self._act(action)
         self.played.append(action)
 
         reward = self._goal_conditions()
@@ -1194,10 +1253,15 @@ class ALFWorldEnv(Game):
         return reward, self._won, truncated
 
     def restore(self, snapshot):
-        self._begin(*self._load(snapshot["game"]))
-        for action in snapshot["played"]:
-            self._act(action)
+        with ENGINE_LOCK:
+            self._begin(*self._load(snapshot["game"]))
+            for action in snapshot["played"]:
+                self._act(action)
         return super().restore(snapshot)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("an ALFWorld game cannot be copied or pickled, because its engine cannot: "
+                        "keep its snapshot(), and restore() that in another game")
 
     def legal_actions(self):
         return sorted(self._commands)[:len(self.actions)]
@@ -1215,7 +1279,7 @@ class ALFWorldEnv(Game):
             "success": self._won,
             "goal_conditions": self._goal_conditions(),
             "subgoal": subgoal,
-            "expert": command or self.legal_actions()[0],
+            "expert": command or "look",
         }
 
     def _goal_conditions(self):
@@ -1280,6 +1344,9 @@ class ALFWorldEnv(Game):
 
     def _act(self, command):
         """Let the engine play a command."""
+        if command == NOTHING:
+            self._observation = "Nothing happens."
+            return
         state = self._state
         action = self._commands[command]
 
@@ -1332,27 +1399,15 @@ class ALFWorldEnv(Game):
         # Which commands the engine takes
         self._commands = {}
         for action in self._state.all_applicable_actions():
-            command = self._command(action)
-            if command:
-                self._commands[command] = action
-        self.action_space.n = len(self.legal_actions())
+            self._commands[self._command(action)] = action
 
     def _command(self, action):
-        """An action of the engine as a command, or "" if it is of no use to the agent."""
-        # These change nothing, and the picture shows what they would tell
-        if action.name in ("look", "inventory", "help", "examineobject"):
-            return ""
+        """An action of the engine as a command."""
         template = action.command_template
         if action.name == "gotolocation":
             template = "go to {r}"
         names = {p.name: self._entities[v.name].name for p, v in action.mapping.items()}
-        command = template.format(**names)
-
-        # These change nothing, either. `examine` stays for other receptacles: in the data set's
-        # rooms several may stand at one place, and it turns to another one.
-        if command in (f"go to {self._place}", f"examine {self._place}"):
-            return ""
-        return command
+        return template.format(**names)
 
     def _shut(self, receptacle):
         is_openable = ("openable", receptacle) in self._facts
@@ -1445,7 +1500,11 @@ class ALFWorldEnv(Game):
 
     def _go_and(self, receptacle, command):
         """Return the first command that the engine takes: go there, open it, `command`; or ""."""
-        steps = [f"examine {receptacle}", f"go to {receptacle}"]
+        # In the data set's rooms several receptacles may stand at one place. `examine` turns to
+        # another one there.
+        steps = []
+        if receptacle != self._place:
+            steps += [f"examine {receptacle}", f"go to {receptacle}"]
         if not command.startswith(("heat", "cool")):  # these work with a closed appliance
             steps.append(f"open {receptacle}")
         steps.append(command)
@@ -1593,6 +1652,12 @@ class ALFWorldEnv(Game):
             state = "lit"
         image = icon(kind_of(name), pixels, state)
         picture.paste(image, (x, y), image)
+
+
+def one_of_each(lists):
+    """The elements of all lists: the first of each, then the second of each, and so on."""
+    rows = itertools.zip_longest(*lists)
+    return [element for row in rows for element in row if element is not None]
 
 
 def kind_of(name):
@@ -1860,6 +1925,8 @@ def data_game(folder):
 # --------------------------------------------------------------------------------------------------
 # ALFWorld's engine: loading it, and functions of its libraries that are replaced
 
+ENGINE_LOCK = threading.RLock()  # one thread at a time: all games of a process share one engine
+NOTHING = ""  # the command of an index beyond the legal actions
 GROUNDED = {}  # the loaded game's problem -> its grounded form, if the game's file has it
 ALFWORLD_MISSING = (
     "--env alfworld needs its packages: pip install alfworld==0.4.2 "
@@ -2002,7 +2069,9 @@ class ALFWorldThorEnv(ALFWorldEnv):
 
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
+        self.split = split
         self.names = [sorted(self.engine.json_file_list)]
+        self.in_turn = one_of_each(self.names)
         Game.__init__(self, render_mode, obs)
 
     def _load(self, name):
@@ -2031,9 +2100,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
         elif "You put the" in self._observation:
             self.carried = ""
 
-        commands = set(self._answer["admissible_commands"][0])
-        self._commands = sorted(commands - {"look", "inventory", "help"})
-        self.action_space.n = len(self.legal_actions())
+        self._commands = sorted(set(self._answer["admissible_commands"][0]))
 
     def _goal_conditions(self):
         return float(self._answer["goal_condition_success_rate"][0])

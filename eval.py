@@ -11,7 +11,6 @@ import argparse
 import base64
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -32,8 +31,6 @@ from tqdm import tqdm
 
 import env
 import prompts
-
-EVAL_SEEDS = 1_000_000  # evaluation episodes are seeded from here on, training episodes below
 
 # -------------------------------------------------------------------------------------------------
 # Agents
@@ -86,9 +83,8 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
 
     # Deal the first N episodes. A game that ends begins the episode of the next seed.
     num_games = min(num_envs, episodes)
-    first_seed = EVAL_SEEDS * (seed + 1)
-    games = env.Games(name, num_games, first_seed, obs, evaluation=True)
-    next_seeds = itertools.count(first_seed + num_games)
+    seeds = env.episode_seeds("evaluation", seed)
+    games = env.Games(name, num_games, seeds, obs, evaluation=True)
 
     is_counted = np.ones(num_games, bool)       # (N,) does this game play one of the `episodes`?
     reward_so_far = np.zeros(num_games)         # (N,) in its present episode
@@ -109,7 +105,7 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
                 if not was_legal:
                     num_illegal += 1
                     reward_so_far[i] -= env.GAMES[name].illegal_penalty
-            step = games.step(actions, next_seeds)
+            step = games.step(actions, seeds)
             reward_so_far += step["rewards"]
             steps_so_far += 1
 
@@ -176,7 +172,8 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
     """
     rng = np.random.default_rng(seed)
     num_games = min(num_envs, trials)
-    games = env.Games(name, num_games, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
+    seeds = env.episode_seeds("evaluation", seed)
+    games = env.Games(name, num_games, seeds, obs, evaluation=True)
 
     # What to look for: all that the answer says before the action, but not the thoughts.
     fields = dict(prompts.answer_fields(games.infos[0], style))
@@ -446,7 +443,8 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     would not have said of this state is red. After each episode a frame shows its end.
     """
     rng = np.random.default_rng(seed)
-    games = env.Games(name, 1, EVAL_SEEDS * (seed + 1), obs, evaluation=True)
+    seeds = env.episode_seeds("evaluation", seed)
+    games = env.Games(name, 1, seeds, obs, evaluation=True)
     frames = []  # (picture, milliseconds)
 
     for _ in range(episodes):
@@ -466,7 +464,7 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
             truth = json.loads(prompts.demonstration(info, action, style))
             frames.append((draw_frame(image, mark_answer(answer.text, truth), notes), 1600))
 
-            step = games.step([action])
+            step = games.step([action], seeds)
             total_reward += step["rewards"][0]
             over = step["terminated"][0] or step["truncated"][0]
 

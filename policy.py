@@ -17,6 +17,7 @@ Letters in shapes: N samples, L answer tokens, V vocabulary, D width of the hidd
 import argparse
 import copy
 import gc
+import hashlib
 import json
 import os
 import sys
@@ -98,6 +99,8 @@ class VLMPolicy(nn.Module):
         self.model = model.eval()    # no dropout, neither in sampling nor in scoring
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
 
@@ -344,16 +347,13 @@ class VLMPolicy(nn.Module):
 
     def count_cot_tokens(self, ids):
         """The number of tokens before the one in which `"action":` begins; all if there is none."""
-        text = self.decode(ids)
-        start = action_start(text)
-        if start == len(text):
-            return len(ids)
+        start = action_start(self.decode(ids))
 
-        # Find the first token that takes the text past the start: the action begins in it
-        for num_tokens in range(1, len(ids)):
-            if len(self.decode(ids[:num_tokens])) > start:
-                return num_tokens - 1
-        return len(ids) - 1
+        # Take tokens away from the end, until nothing of the action is left
+        num_tokens = len(ids)
+        while len(self.decode(ids[:num_tokens])) > start:
+            num_tokens -= 1
+        return num_tokens
 
     def decode(self, ids):
         return self.tokenizer.decode(
@@ -695,6 +695,26 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     return model, processor
 
 
+def model_identity(name):
+    """A short text that differs for models with other weights: a digest, or the hub's revision."""
+    folder = Path(name)
+    if name == "tiny":
+        return name
+    if not folder.is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash
+
+    # Of each file of weights: its name, its size, its header and some of its content
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(16):
+                file.seek(place * size // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
 def without_tiles(config, processor):
     """LLaVA-1.6 as LLaVA-1.5's class, which knows no tiles: the same weights and words."""
     names = (
@@ -750,6 +770,8 @@ def build_policy(config, weights=None):
     source = config.model
     if weights is not None and not has_adapter:
         source = str(weights)
+    elif getattr(config, "base", None) not in (None, model_identity(config.model)):
+        raise ValueError("its weights are not those that the run began with")
 
     # The embedded model's tokenizer learns from the tasks that it will play
     texts = None

@@ -80,14 +80,15 @@ def blackjack_thoughts(info):
     return f"{partial_sums}{kind} {info['player_total']} against {dealer_name}, {risk} bust"
 
 
-def points_task(count, target, entries):
-    """The task of EZPoints and Points24: a formula of `count` cards that equals `target`."""
+def points_task(game, count, entries):
+    """The task of EZPoints or Points24, a class of env.py: a formula of `count` cards."""
+    target = game.target
 
     def thoughts(info):
         # Write the whole plan at every step, split where the formula stands, then the next entry
         hand = " ".join(str(number) for number in sorted(info["numbers"]))
         formula = info["formula"]
-        plan = env.solve(info["numbers"], target, formula)
+        plan = env.solve(info["numbers"], target, formula, game.max_entries)
         if plan is None:
             return f"{hand} cannot make {target}, write ="
         done = "".join(formula)
@@ -97,7 +98,8 @@ def points_task(count, target, entries):
     return Task(
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once "
               f"and equals {target}, one entry at a time: a number or one of {entries}. "
-              "A counts 1; J, Q and K count 10. The entry = hands it in",
+              "A counts 1; J, Q and K count 10. The entry = hands it in. "
+              f"A number that is not on an unused card leaves a blank {env.BLANK}",
         fields={
             "cards": Field(["rank of each card"], lambda info: ranks_of(info["cards"])),
             "formula": Field("the formula so far", lambda info: "".join(info["formula"])),
@@ -117,8 +119,8 @@ TASKS = {
         },
         thoughts=numberline_thoughts,
     ),
-    "ezpoints": points_task("two", 12, "+ *"),
-    "points24": points_task("four", 24, "+ - * / ( )"),
+    "ezpoints": points_task(env.EZPointsEnv, "two", "+ *"),
+    "points24": points_task(env.Points24Env, "four", "+ - * / ( )"),
     "blackjack": Task(
         rules="The picture shows a hand of blackjack. Come closer to 21 than the dealer without "
               "going over: hit draws a card and stand ends your turn",
@@ -206,14 +208,14 @@ def demonstration(info, action, style="full"):
 # long run of spaces would be read again and again.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
-BARE_KEY = re.compile(r"\baction\s{0,9}:", re.IGNORECASE)
+BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)
 QUOTED_VALUE = re.compile(rf"\s*[{QUOTES}]([^{QUOTES}]*)")  # ends at the next quote
 BARE_VALUE = re.compile(r"\s*([^,}\n]*)")                   # ends at , or } or the line's end
 MAX_VALUE = 200  # characters of a value that are looked at; longer than any action
 
 
 def find_keys(text):
-    """All places of the key, as matches: of `"action":`, or of `action:` if no key has quotes."""
+    """All places of the key, as matches: of `"action":`, else of `action:` where a field begins."""
     quoted = list(QUOTED_KEY.finditer(text))
     if quoted:
         return quoted
@@ -284,7 +286,8 @@ def chatty_thoughts(info):
 
     The words depend on the state, and look random.
     """
-    number = zlib.crc32(repr(info).encode())
+    state = {name: value for name, value in info.items() if name != "action_mask"}
+    number = zlib.crc32(repr(state).encode())
     words = []
     for _ in range(4):
         words.append(IDLE_WORDS[number % 8])

@@ -31,6 +31,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -54,7 +55,7 @@ from eval import (
     sweep_table,
     table,
 )
-from policy import build_policy, read_config
+from policy import build_policy, model_identity, read_config
 from ppo import (
     Rollout,
     auto_cot_scale,
@@ -663,7 +664,8 @@ def sft_cache(config, out):
     if config.sft_lora:
         names += ["lora_rank", "lora_alpha"]
     settings = {name: getattr(config, name) for name in names}
-    settings["version"] = SFT_VERSION
+    settings["base"] = model_identity(config.model)
+    settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
     if "alfworld" in config.env:
         settings["engine"] = config.alfworld
@@ -854,9 +856,6 @@ class Run:
         if len(states) != world_size():
             raise Refused(f"the run had {len(states)} processes, not {world_size()}")
         state = states[rank()]
-        if len(state.get("torch_rng", ())) != len(random_states()):
-            raise Refused(f"{self.checkpoint_file} is of a machine with other devices")
-
         moments = {}
         weights = {}
         for key, x in load_file(self.checkpoint_file).items():
@@ -895,8 +894,9 @@ def random_states():
 
 
 def set_random_states(states):
+    """Undo `random_states`; on a machine with other devices only the CPU's is the same."""
     torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and len(states) > 1:
         torch.cuda.set_rng_state(torch.tensor(states[1], dtype=torch.uint8))
 
 
@@ -981,6 +981,10 @@ def memory_plan(policy, config):
     inputs = policy.encode(games.images, questions)
     tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
 
+    # What this process does at a time
+    num_envs = config.num_envs // world_size()
+    microbatch = min(config.microbatch, config.minibatch // world_size())
+
     # Weights; in float32, merged copies of them (FastVLMPolicy)
     weights = model.get_memory_footprint()
     if model.dtype == torch.float32:
@@ -1011,8 +1015,8 @@ def memory_plan(policy, config):
     parts = {
         "weights": weights,
         "adapter and optimiser": 16 * trained,
-        "KV cache and prompts": config.num_envs * cache * bytes_per_value,
-        "activations": config.microbatch * (activations * bytes_per_value + logits),
+        "KV cache and prompts": num_envs * cache * bytes_per_value,
+        "activations": microbatch * (activations * bytes_per_value + logits),
     }
     parts = {name: count / 1e9 for name, count in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts
@@ -1050,6 +1054,8 @@ def configure(argv):
         config.dtype = "bfloat16" if large else "float32"
 
     check(parser, config)
+    if config.model != "tiny" and Path(config.model).is_dir():
+        config.model = str(Path(config.model).resolve())  # found from any working directory
     out = config.out
     if out is None:
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -1073,11 +1079,14 @@ def resume(parser, directory, argv):
     config = settings_of(args)
     for name, value in vars(config).items():
         kept_value = getattr(kept, name, value)
-        if value != kept_value and name != "trust_remote_code":
+        if value != kept_value and name not in ("trust_remote_code", "device", "dtype"):
             parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept_value}: "
                          "leave it out, or begin a new run")
     if args.out or args.sweep or args.seeds or args.quick:
         parser.error("--resume needs no other flag")
+    if config.device != "cpu" and not getattr(torch, config.device).is_available():
+        parser.error(f"the run was made on {config.device}, which is not there: "
+                     "add --device cpu --dtype float32")
     return config, directory
 
 
@@ -1152,8 +1161,11 @@ def run_in(config, out):
         # fast
         torch.set_float32_matmul_precision("high" if config.dtype == "bfloat16" else "highest")
 
-    weights = from_first_process(kept_weights(config, out))  # others might not see the same
+    weights = None
     try:
+        if getattr(config, "base", None) is None and config.policy == "vlm":
+            config.base = model_identity(config.model)
+        weights = from_first_process(kept_weights(config, out))  # others might not see the same
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         source = weights or config.model
@@ -1235,21 +1247,28 @@ def sweep(args, argv):
     if args.quick:
         small = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50"
         argv = small.split() + argv
-    seeds = (args.seeds or "0").split(",")
+    if "--seed" in argv or any(axis.startswith("seed=") for axis in args.sweep):
+        parser.error("--sweep takes its seeds from --seeds")
 
-    runs = {}  # name of a setting -> `summary` of each seed
+    # Check all settings before the first run
+    seeds = (args.seeds or "0").split(",")
+    settings = []  # (flag, value, configuration, folder) of each run
     for axis in args.sweep:
         flag, _, values = axis.partition("=")
         for value in values.split(","):
             for seed in seeds:
-                folder = args.out / f"{flag}-{value}-seed{seed}"
                 config, _ = configure([*argv, f"--{flag}", value, "--seed", seed])
-                train_once(parser, config, folder)
-                if rank() > 0:
-                    continue  # the first process alone has results
-                for task in config.env.split(","):
-                    name = task if flag == "env" else f"{task}, {flag} {value}"
-                    runs.setdefault(name, []).append(summary(read_metrics(folder), task))
+                folder = args.out / f"{flag}-{value}-seed{seed}"
+                settings.append((flag, value, config, folder))
+
+    runs = {}  # name of a setting -> `summary` of each seed
+    for flag, value, config, folder in settings:
+        train_once(parser, config, folder)
+        if rank() > 0:
+            continue  # the first process alone has results
+        for task in config.env.split(","):
+            name = task if flag == "env" else f"{task}, {flag} {value}"
+            runs.setdefault(name, []).append(summary(read_metrics(folder), task))
 
     if rank() == 0:
         command = f"python train.py {' '.join(sys.argv[1:])}"
@@ -1263,7 +1282,9 @@ def sweep(args, argv):
 def train_once(parser, config, folder):
     """Train in `folder`, unless a finished run with the same settings is there."""
     if (folder / "config.json").exists():
-        if read_config(folder, config.trust_remote_code) != config:
+        kept = read_config(folder, config.trust_remote_code)
+        config.base = getattr(kept, "base", None)
+        if vars(kept) != vars(config):
             parser.error(f"{folder} has other settings: choose another --out")
     if not (folder / "curve.png").exists():
         launch(config, folder)

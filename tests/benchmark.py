@@ -754,9 +754,10 @@ def random_llava(config, shrink, device):
 def plans(config):
     """Print the memory that training of the whole model expects: flags, parts and peak in GB."""
     policy = random_llava(config, 1, "meta")
+    language_head = policy.model.get_output_embeddings()
     num_weights = 0  # those that four bits can hold
     for module in policy.model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16:
+        if isinstance(module, torch.nn.Linear) and module is not language_head:
             num_weights += module.weight.numel()
 
     settings = [

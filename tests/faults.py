@@ -1,16 +1,18 @@
 """What takes too long for the tests: random kills, a million hostile strings, many random steps.
 
-    python tests/faults.py                       # about half an hour on 2 cores, a third of it the kills
+    python tests/faults.py               # half an hour on 2 cores, a third of it the kills
     python tests/faults.py --kills 5 --strings 10000 --steps 1000
 
 Prints a line a check; exit code 1 where one fails.
 """
+import argparse
 import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,57 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import env  # noqa: E402
+from eval import natural_int  # noqa: E402
 from prompts import action_start, parse_action  # noqa: E402
 from test_env import RULES, check_rules  # noqa: E402
 
-PIECES = ['"action":', "'action':", "action:", '"thoughts":', '"', "'", "\\", '\\"', "{", "}", "[", "]", "(", ")", ",", ":", "\n", "\r", "\t", " ", "\x00",
-          "\x1b[2J", "\u202e", "\u201c", "\u2212", "\uff11", "\u0661", "\U0001f0a1", "\ud800", "hit", "stand", "HIT", "1", "10", "+", "-", "*", "/", "=", "**",
-          "__import__('os')", "null", "9" * 40, "action", "<image>", "</s>"]
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage=argparse.SUPPRESS,  # without a usage text an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--kills", type=natural_int, default=20, help="random kills of a training run")
+    add("--strings", type=natural_int, default=1_000_000,
+        help="hostile strings for the parser and the formulas")
+    add("--steps", type=natural_int, default=100_000,
+        help="random steps in each game against a second implementation of the rules")
+    args = parser.parse_args()
+
+    passed = True
+    if args.steps:
+        rules(args.steps)
+    if args.strings:
+        passed &= strings(args.strings)
+    if args.kills:
+        passed &= kills(args.kills)
+    sys.exit(0 if passed else 1)
+
+
+def rules(count):
+    """Play `count` steps of each game; an AssertionError shows the first that is wrong."""
+    for name in [*RULES, "blackjack"]:
+        steps, episodes = check_rules(name, count)
+        print(f"{name}: {steps} steps in {episodes} episodes, "
+              "all rewards and ends as in the second implementation", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# Hostile strings
+
+PIECES = [
+    '"action":', "'action':", "action:", '"thoughts":', "action", "hit", "stand", "HIT", "1", "10",
+    '"', "'", "\\", '\\"', "{", "}", "[", "]", "(", ")", ",", ":", "+", "-", "*", "/", "=", "**",
+    "\n", "\r", "\t", " ", "\x00", "\x1b[2J", "\u202e", "\u201c", "\u2212", "\uff11", "\u0661",
+    "\U0001f0a1", "\ud800", "__import__('os')", "null", "9" * 40, "<image>", "</s>",
+]
+ALFWORLD_ACTIONS = ["go to drawer 1", "go to drawer 12", "take mug 1 from desk 1"]
+MEGABYTE = 1_000_000
 
 
 def hostile_string(rng):
+    """Random bytes, or pieces that mean something to the parser in a random order."""
     kind = rng.random()
     if kind < 0.2:
         return rng.randbytes(rng.randrange(60)).decode("latin-1")
@@ -36,82 +80,137 @@ def hostile_string(rng):
     return "".join(rng.choice(PIECES) for _ in range(rng.randrange(20)))
 
 
+def hostile_formula(rng):
+    """A list of entries of Points24, of which one in ten is a hostile string."""
+    entries = []
+    for _ in range(rng.randrange(12)):
+        if rng.random() < 0.9:
+            entries.append(rng.choice(env.Points24Env.actions[:-1]))
+        else:
+            entries.append(hostile_string(rng))
+    return entries
+
+
 def strings(count):
-    """Every string gives a legal action, every list of entries a value or None; a megabyte takes less than 0.2 s."""
-    rng, chance = random.Random(0), np.random.default_rng(0)
-    menus = [list(game.actions) for name, game in env.GAMES.items() if name != "alfworld"] + [["go to drawer 1", "go to drawer 12", "take mug 1 from desk 1"]]
-    legal_answers = 0
-    for i in range(count):
-        text, menu = hostile_string(rng), rng.choice(menus)
-        action, was_legal = parse_action(text, menu, chance)
-        assert action in menu and 0 <= action_start(text) <= len(text), text
-        legal_answers += was_legal
-        env.evaluate_formula([rng.choice(env.Points24Env.actions[:-1]) if rng.random() < 0.9 else hostile_string(rng) for _ in range(rng.randrange(12))])
+    """Whether every string gives a legal action, and a megabyte takes less than 0.2 s.
+
+    No list of entries may raise an exception as a formula.
+    """
+    rng = random.Random(0)
+    parser_rng = np.random.default_rng(0)
+    menus = [list(game.actions) for name, game in env.GAMES.items() if name != "alfworld"]
+    menus.append(ALFWORLD_ACTIONS)
+
+    num_legal = 0
+    for _ in range(count):
+        text = hostile_string(rng)
+        legal_actions = rng.choice(menus)
+        action, was_legal = parse_action(text, legal_actions, parser_rng)
+        assert action in legal_actions, text
+        assert 0 <= action_start(text) <= len(text), text
+        num_legal += was_legal
+        env.evaluate_formula(hostile_formula(rng))
+
     slowest = 0.0
     for piece in PIECES:
-        for text in (piece * (1_000_000 // len(piece)), '"action": "' + piece * (1_000_000 // len(piece))):
+        megabyte = piece * (MEGABYTE // len(piece))
+        for text in (megabyte, '"action": "' + megabyte):
             began = time.process_time()
-            assert parse_action(text, menus[-1], chance)[0] in menus[-1]
+            action, _ = parse_action(text, ALFWORLD_ACTIONS, parser_rng)
             env.evaluate_formula(list(text))
             slowest = max(slowest, time.process_time() - began)
-    print(f"{count} hostile strings: no exception, no action that is not legal ({legal_answers} named one); slowest megabyte {slowest:.3f} s of processor time")
+            assert action in ALFWORLD_ACTIONS
+
+    print(f"{count} hostile strings: no exception, no action that is not legal "
+          f"({num_legal} named one); slowest megabyte {slowest:.3f} s of processor time",
+          flush=True)
     return slowest < 0.2
 
 
+# -------------------------------------------------------------------------------------------------
+# Kills
+
+SMALL_RUN = (
+    "--env ezpoints --sft-steps 250 --sft-batch 8 --env-steps 768 --rollout-steps 64 "
+    "--num-envs 16 --epochs 2 --eval-episodes 64 --max-new-tokens 40"
+).split()
+
+
 def kills(count):
-    """A run killed with SIGKILL at `count` random moments, and resumed each time, ends as an undisturbed one does."""
-    flags = ["--env", "ezpoints", "--sft-steps", "250", "--sft-batch", "8", "--env-steps", "768", "--rollout-steps", "64", "--num-envs", "16", "--epochs", "2",
-             "--eval-episodes", "64", "--max-new-tokens", "40"]
-    scratch, rng = Path(tempfile.mkdtemp()), random.Random(0)
+    """Whether a run that is killed and resumed ends with the weights and metrics of another one.
 
-    def start(*flags):
-        return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    SIGKILL comes at `count` random moments. A run that came to its end makes place for a new one.
+    """
+    rng = random.Random(0)
+    scratch = Path(tempfile.mkdtemp())
 
-    def content(run):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        weights = [(run / file).read_bytes() for file in ("adapter/adapter_model.safetensors", "value_head.safetensors", "sft/model.safetensors")]
-        return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows], weights
-
+    # An undisturbed run, with a cache of SFT weights of its own
+    undisturbed = scratch / "undisturbed/run"
     began = time.time()
-    assert start(*flags, "--out", scratch / "a/run").wait() == 0
-    whole, killed, ended, same, where = time.time() - began, 0, 0, True, {}
-    while killed < count:
-        run = scratch / f"b{ended}/run"
-        process = start(*flags, "--out", run)
+    assert start(undisturbed).wait() == 0
+    longest_wait = max(4, 0.4 * (time.time() - began))
+    expected = content(undisturbed)
+
+    num_killed = 0
+    num_ended = 0
+    all_same = True
+    stages = Counter()
+    while num_killed < count:
+        run = scratch / f"killed{num_ended}/run"
+        process = start(run)
         while process.poll() is None:
-            # A resumed run must get past its start-up now and then, or it would never end.
-            time.sleep(rng.uniform(2, max(4, 0.4 * whole)) if killed < count else 1)
-            if process.poll() is None and killed < count:
+            # A resumed run must get past its start now and then, or it would never end
+            if num_killed == count:
+                time.sleep(1)
+                continue
+            time.sleep(rng.uniform(2, longest_wait))
+            if process.poll() is None:
                 process.kill()
                 process.wait()
-                killed += 1
-                rows = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
-                stage = json.loads(rows[-1])["stage"] if rows and rows[-1].endswith(b"}") else "start"
-                where[stage] = where.get(stage, 0) + 1
-                if not (run / "curve.png").exists():  # else the run had ended, and the process was about to
-                    process = start("--resume", run) if (run / "config.json").exists() else start(*flags, "--out", run)
-        assert (run / "curve.png").exists(), process.communicate()[1].decode()
-        ended, same = ended + 1, same and content(scratch / "a/run") == content(run)
-    print(f"killed {killed} times (last line of the metrics then: {where}), {ended} runs came to their end: "
-          f"{'the same' if same else 'OTHER'} weights and metrics as undisturbed")
-    return same
+                num_killed += 1
+                stages[last_stage(run)] += 1
+                if not is_finished(run):  # else the process was about to end
+                    process = start(run)
+        assert is_finished(run), process.communicate()[1].decode()
+        num_ended += 1
+        all_same &= content(run) == expected
+
+    verdict = "the same" if all_same else "OTHER"
+    print(f"killed {num_killed} times (last line of the metrics then: {dict(stages)}), "
+          f"{num_ended} runs came to their end: {verdict} weights and metrics as undisturbed")
+    return all_same
 
 
-def main():
-    parser = env.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=env.natural_int, default=20, help="random kills of a training run")
-    parser.add_argument("--strings", type=env.natural_int, default=1_000_000, help="hostile strings for the parser and the formulas")
-    parser.add_argument("--steps", type=env.natural_int, default=100_000, help="random steps in each game against a second implementation of the rules")
-    args = parser.parse_args()
-    passed = True
-    if args.steps:
-        for name in [*RULES, "blackjack"]:
-            print("{}: {} steps in {} episodes, all rewards and ends as in the second implementation".format(name, *check_rules(name, args.steps)), flush=True)
-    if args.strings:
-        passed &= strings(args.strings)
-    if args.kills:
-        passed &= kills(args.kills)
-    sys.exit(not passed)
+def start(run):
+    """A process that trains in the directory `run`, or goes on there."""
+    flags = [*SMALL_RUN, "--out", run]
+    if (run / "config.json").exists():
+        flags = ["--resume", run]
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *flags],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def is_finished(run):
+    return (run / "curve.png").exists()
+
+
+def last_stage(run):
+    """The stage that the last whole line of the metrics names; "start" where there is none."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    if lines and lines[-1].endswith(b"}"):
+        return json.loads(lines[-1])["stage"]
+    return "start"
+
+
+def content(run):
+    """Metrics without times, and the bytes of all weights, of a finished run."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.append({key: value for key, value in row.items() if "seconds" not in key})
+    files = ("adapter/adapter_model.safetensors", "value_head.safetensors", "sft/model.safetensors")
+    return rows, [(run / file).read_bytes() for file in files]
 
 
 if __name__ == "__main__":

@@ -45,11 +45,12 @@ inside() {  # run a command in the system's copy of the repository, with nothing
         (cd "$root/repository" && env -i PATH="$root/bin:$path" HOME="$root" LANG=C.UTF-8 \
             PIP_CONFIG_FILE=/dev/null ${FRESH_ENV:-} bash -euo pipefail -c "$1")
     else
-        # The mounts are the command's own and vanish with it.
+        # The mounts are the command's own and vanish with it. So are its processes: the bash that
+        # stays for `|| exit 1` is the first of them, so that what it starts gets signals as usual.
         # shellcheck disable=SC2086
         env -i PATH=$path HOME=/root LANG=C.UTF-8 DEBIAN_FRONTEND=noninteractive ${FRESH_ENV:-} \
             unshare --mount --pid --fork --kill-child --mount-proc --root="$root" \
-            bash -euo pipefail -c "cd /repository && $1"
+            bash -uo pipefail -c "cd /repository && { $1; } || exit 1"
     fi
 }
 

@@ -233,3 +233,13 @@ def test_save_and_load(policy, tmp_path):
     scores = vars(policy.evaluate(answers)).values()
     for one, other in zip(scores, vars(again.evaluate(answers)).values()):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_the_action_begins_right_where_a_prefix_is_longer_than_the_whole(plain):
+    # Half an emoji decodes to more characters than a whole one
+    pictures, texts, _ = states("blackjack", 1)
+    text = '{"thoughts": "\U0001f0a1\U0001f0a1\U0001f0a1", "action": "hit"}'
+    answer = plain.demonstrate(pictures, texts, [text])[0]
+    head = plain.decode(answer.tokens[:answer.num_cot_tokens].tolist())
+    assert answer.text == text and head.endswith("\U0001f0a1\", ") or head.endswith("\U0001f0a1")
+    assert '"action"' not in head

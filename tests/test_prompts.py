@@ -28,7 +28,7 @@ def test_legal_answers(text):
 
 @pytest.mark.parametrize("text", [
     "", "hit", "{}", '"action"', '"action":', '"action": ""', '"action": "jump"', '"action": "hit or stand"', '"action": "white"',
-    '"action": "hit", "action": "stand"', '"action": ["hit", "stand"]', '"action": "hits"', '"action": "hit", "action": "jump"'])
+    '"action": "hit", "action": "stand"', 'thoughts: the action: hit is best', '"action": ["hit", "stand"]', '"action": "hits"', '"action": "hit", "action": "jump"'])
 def test_illegal_answers_become_a_random_legal_action(text):
     action, was_legal = parse(text)
     assert action in CARDS and not was_legal

@@ -332,3 +332,45 @@ train.main()""")
     done = two_processes(tmp_path / "stops.py", tmp_path / "run")
     assert done.returncode and done.stderr.count("go on with: torchrun ... train.py --resume") == 1 and "]: Traceback" not in done.stderr
     assert [file.name[:18] for file in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000001"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--sweep", "cot-scale=0", "ratoi=token"], "ratoi"),
+    (["--sweep", "cot-scale=0", "clip=x"], "x"),
+    (["--sweep", "seed=1,2"], "--seeds"),
+    (["--sweep", "cot-scale=0", "--seed", "7"], "--seeds")])
+def test_a_sweep_checks_all_settings_before_the_first_run(flags, words, tmp_path, capsys):
+    line = [*QUICK[:-2], "--env", "numberline", "--out", str(tmp_path / "sweep"), *flags]
+    with pytest.raises(SystemExit) as stop:
+        train.main(line)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    (tmp_path / "sft-cache").write_text("in the way")
+    run(tmp_path / "run", "--env", "numberline")
+    assert "not kept for other runs" in capsys.readouterr().out
+    assert (tmp_path / "run/sft/model.safetensors").exists()
+
+
+def test_zeros_that_mean_off(tmp_path):
+    off = ["--value-coef", "0", "--kl-coef", "0", "--target-kl", "0", "--max-grad-norm", "0"]
+    run(tmp_path / "run", "--env", "numberline", "--sft-steps", "0", *off)
+    rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert len(rl) == 2 and all(row["skipped"] == 0 for row in rl)
+
+
+def test_an_update_whose_mini_batches_all_break_ends_the_run(tmp_path, capsys):
+    error = error_line(capsys, "--out", tmp_path / "run", *QUICK, "--env", "numberline",
+                       "--lr", "1e6", "--max-grad-norm", "0")
+    assert "smaller --lr" in error
+
+
+def test_a_run_of_a_device_that_is_not_here_goes_on_elsewhere(tmp_path, capsys, undisturbed):
+    stopped_run(tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"device": "mps"}))
+    assert "--device cpu" in error_line(capsys, "--resume", tmp_path / "run")
+    train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
