@@ -57,10 +57,11 @@ class Game(gym.Env):
     """A game with pictures as observations and short texts as actions. A subclass writes:
 
     name           the task's name, a key of GAMES (str)
-    actions        all actions (tuple of str); if they change at each step, also legal_actions()
-    saved          the attributes that an episode consists of (tuple of str). A checkpoint keeps
-                   them as JSON: int, float, bool, str, None, and lists and dicts of these.
-                   Whatever else deal() sets has a name that begins with "_", and is not kept.
+    actions        all actions (tuple of str). If they change at each step, the subclass also
+                   writes the method legal_actions()
+    saved          the names of the attributes that make up an episode (tuple of str). A checkpoint
+                   keeps them as JSON: int, float, bool, str, None, and lists and dicts of these.
+                   All other attributes that deal() sets must begin with "_"; they are not kept.
     deal()         begins an episode: sets all attributes in `saved`. All chance comes from
                    self.np_random, so that a seed fixes the episode.
     play(action)   plays the text `action`; returns (reward, terminated, truncated)
@@ -84,7 +85,7 @@ class Game(gym.Env):
     saved = ()
     marks = ()             # for obs="marked": pairs of a label and a box (left, top, right, bottom)
     illegal_penalty = 0.0  # the trainer subtracts this if an answer names no legal action
-    evaluation = {}        # arguments for evaluation, if it plays episodes that training never sees
+    evaluation = {}        # arguments of __init__ for evaluation, such as another set of games
 
     def __init__(self, render_mode=None, obs="image"):
         if obs not in OBSERVATIONS:
@@ -107,7 +108,7 @@ class Game(gym.Env):
 
         attributes = dict(vars(self))
         self.deal()
-        if not self._checked:  # once is enough
+        if not self._checked:  # at the first reset: did deal() set what `saved` says?
             check_saved(self, attributes)
             self._checked = True
         return self.render(), self._info()
@@ -175,9 +176,9 @@ class Game(gym.Env):
 
 
 class BlackjackEnv(Game):
-    """Blackjack by Gymnasium's rules: infinite deck, no bonus for a natural.
+    """Blackjack by Gymnasium's rules: an infinite deck, and no bonus for 21 with two cards.
 
-    The dealer draws up to 17, and stands on a soft 17. Reward: +1, 0 or -1 for a win, a draw or a
+    The dealer draws until the total is 17 or more. Reward: +1, 0 or -1 for a win, a draw or a
     loss. State: `player` (cards such as "JH"), `player_total` (one ace counts 11 if that does not
     bust), `dealer_card`.
     """
@@ -234,8 +235,8 @@ class BlackjackEnv(Game):
 
         # While the player plays, the dealer's second card lies face down
         dealer = self.dealer if self.over else [self.dealer[0], FACE_DOWN]
-        dealer_boxes = draw_cards(picture, dealer, 2, 64, 60)
-        player_boxes = draw_cards(picture, self.player, 2, 186, 60)
+        dealer_boxes = draw_cards(picture, dealer, x=2, y=64, pitch=60)
+        player_boxes = draw_cards(picture, self.player, x=2, y=186, pitch=60)
 
         self.marks = [("dealer", dealer_boxes[0])]
         for number, box in enumerate(player_boxes, 1):
@@ -263,7 +264,7 @@ def card_number(card):
 
 
 def hard_total(cards):
-    """Return (sum of a hand with aces as 1, whether it has an ace)."""
+    """Return (the hard total of a hand, in which aces count 1; whether it has an ace)."""
     numbers = [card_number(card) for card in cards]
     return sum(numbers), 1 in numbers
 
@@ -501,7 +502,7 @@ def episode_seeds(stream, seed, process=0):
 class Games:
     """N games that step together, by Gymnasium's vector API. A game that ends begins a new episode.
 
-    name: a task, or several with commas between them, which take turns.
+    name: a task, or several with commas between them; game i plays task i modulo their number.
     num_envs: N. seeds: an iterator, such as episode_seeds(...), of which each game's first episode
     takes one; or an int, for seeds from there on.
     evaluation: play the episodes that are kept for evaluation.
@@ -524,12 +525,13 @@ class Games:
         def make(name):
             arguments = GAMES[name].evaluation if evaluation else {}
             game = gym.make(env_id(name), obs=obs, **arguments)
-            # The action space must be the same in all games
+            # Gymnasium's vector demands the same action space in all games
             game.unwrapped.action_space = gym.spaces.Discrete(num_actions)
             return game
 
         # Turn Gymnasium's automatic reset off: it would replace the last picture of a truncated
-        # episode, and training needs the value of that picture.
+        # episode, and training needs the value of that picture. With copy=False the vector writes
+        # all pictures into one buffer, self.images, at every step and reset.
         makers = [partial(make, names[(first + i) % len(names)]) for i in range(num_envs)]
         self.vector = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode="Disabled")
         if isinstance(seeds, int):
@@ -541,8 +543,8 @@ class Games:
     def step(self, actions, seeds=None, restart=False):
         """Play one text action in each game, then begin new episodes where one ended.
 
-        seeds: an iterator; each new episode takes the next seed (None: chance goes on).
-        restart: (N,) bool, games that begin a new episode although theirs has not ended.
+        seeds: an iterator; each new episode takes the next seed (None: no game is seeded again).
+        restart: (N,) bool, games that begin a new episode before theirs has ended.
 
         Returns a dict of what the step gave, before any new episode: `rewards`, `terminated`,
         `truncated` (N,), `infos` (list of N dicts), and `last_images`, a dict from the index of a
@@ -563,7 +565,7 @@ class Games:
             "last_images": {i: images[i].copy() for i in np.flatnonzero(ended)},
         }
 
-        # Begin new episodes; all other games keep their state
+        # Begin new episodes; the mask tells Gymnasium which games to reset
         self.infos = list(result["infos"])
         begins = ended | restart  # (N,)
         if begins.any():
@@ -585,7 +587,10 @@ class Games:
 
 
 def split_info(infos):
-    """Turn the vector API's dict of arrays into a list of N dicts."""
+    """Turn the vector's dict of arrays into a list of N dicts.
+
+    Gymnasium gives an array (N,) for each key, and under "_key" which games have this key.
+    """
     split = [{} for _ in infos["_env"]]
     for key, values in infos.items():
         if key.startswith("_"):
@@ -849,6 +854,24 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
             )
     return stand, hit
 
+
+# --------------------------------------------------------------------------------------------------
+# The best success rates without a look at the picture: what a policy must exceed to show that it
+# looks
+
+# All are computed; tests/test_env.py computes them again.
+# numberline   always "+": no fixed probability of "+" is better
+# blackjack    always "stand": to hit once, or twice, and then to stand is worse
+# ezpoints     the best play that reads the formula so far, whose blanks tell what is not on a card
+# points24     the best such play that tries the numbers from 10 down to 1, with at most two pairs of
+#              brackets. In another order it may be better. The best formula that is chosen before
+#              the game, "10+10+10-6", is right in 0.90 % of the deals.
+BLIND = {
+    "numberline": 0.5,
+    "blackjack": 0.3807,
+    "ezpoints": 0.6667,
+    "points24": 0.1999,
+}
 
 # --------------------------------------------------------------------------------------------------
 # Formulas: their exact value, and the solver

@@ -219,6 +219,23 @@ def make_parser():
 
 
 # -------------------------------------------------------------------------------------------------
+# Games and seeds
+
+
+def process_seed(config):
+    """A seed of its own for each process."""
+    return config.seed + 100_003 * rank()
+
+
+def make_games(stream, num_envs, config):
+    """`num_envs` games for this process, whose deals no other stream, seed or process plays."""
+    seeds = env.episode_seeds(stream, config.seed, rank())
+    return env.Games(
+        config.env, num_envs, seeds, config.obs,
+        first=rank() * num_envs, total=world_size() * num_envs)
+
+
+# -------------------------------------------------------------------------------------------------
 # Stage 1: supervised fine-tuning
 
 
@@ -229,7 +246,7 @@ def sft(policy, config, run):
     """
     # Each step shows one demonstration from each of N games
     num_envs = config.sft_batch // world_size()
-    games = env.Games(config.env, num_envs, process_seed(config), config.obs)
+    games = make_games("sft", num_envs, config)
     rng = np.random.default_rng(process_seed(config))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
@@ -324,8 +341,7 @@ class Collector:
         self.policy = policy
         self.config = config
         self.num_envs = config.num_envs // world_size()
-        first_seed = 1000 + config.seed * config.num_envs + rank() * self.num_envs
-        self.games = env.Games(config.env, self.num_envs, first_seed, config.obs)
+        self.games = make_games("rollout", self.num_envs, config)
         self.rng = np.random.default_rng(process_seed(config))  # for answers without a legal action
         self.episode_returns = np.zeros(self.num_envs)          # (N,), of the episodes in play
 
@@ -529,7 +545,7 @@ def reinforce(policy, config, run):
 def example_states(policy, config, num_states=512):
     """Inputs of the model for many states, from games in which every second action is random."""
     rng = np.random.default_rng(process_seed(config))
-    games = env.Games(config.env, config.num_envs // world_size(), process_seed(config), config.obs)
+    games = make_games("sft", config.num_envs // world_size(), config)
     inputs = []
     while len(inputs) < num_states:
         questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
@@ -951,11 +967,6 @@ def progress_line(env_steps, stats, seconds):
     return line
 
 
-def process_seed(config):
-    """A seed of its own for each process."""
-    return config.seed + 100_003 * rank()
-
-
 # -------------------------------------------------------------------------------------------------
 # Memory: what a run will need, before it begins. The method does not need it.
 
@@ -1129,6 +1140,11 @@ def check(parser, config):
     if config.env_steps < config.rollout_steps:
         parser.error(f"--env-steps {config.env_steps} is less than one rollout, "
                      f"--rollout-steps {config.rollout_steps}")
+    for name in ("num_envs", "sft_batch"):
+        num_tasks = len(config.env.split(","))
+        if getattr(config, name) < num_tasks:
+            parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} is less than the "
+                         f"number of tasks, {num_tasks}")
     for name in ("num_envs", "minibatch", "sft_batch"):
         if getattr(config, name) % world_size():
             parser.error(f"--{name.replace('_', '-')} {getattr(config, name)} cannot be split over "

@@ -68,6 +68,7 @@ PIECES = [
 ]
 ALFWORLD_ACTIONS = ["go to drawer 1", "go to drawer 12", "take mug 1 from desk 1"]
 MEGABYTE = 1_000_000
+MAX_SECONDS = 0.5  # for a megabyte; it takes 0.2, and hours where the time grows with the square
 
 
 def hostile_string(rng):
@@ -92,7 +93,7 @@ def hostile_formula(rng):
 
 
 def strings(count):
-    """Whether every string gives a legal action, and a megabyte takes less than 0.2 s.
+    """Whether every string gives a legal action, and a megabyte takes less than MAX_SECONDS.
 
     No list of entries may raise an exception as a formula.
     """
@@ -115,16 +116,19 @@ def strings(count):
     for piece in PIECES:
         megabyte = piece * (MEGABYTE // len(piece))
         for text in (megabyte, '"action": "' + megabyte):
-            began = time.process_time()
-            action, _ = parse_action(text, ALFWORLD_ACTIONS, parser_rng)
-            env.evaluate_formula(list(text))
-            slowest = max(slowest, time.process_time() - began)
-            assert action in ALFWORLD_ACTIONS
+            times = []
+            for _ in range(3):  # the fastest counts: others may share the machine
+                began = time.process_time()
+                action, _ = parse_action(text, ALFWORLD_ACTIONS, parser_rng)
+                env.evaluate_formula(list(text))
+                times.append(time.process_time() - began)
+                assert action in ALFWORLD_ACTIONS
+            slowest = max(slowest, min(times))
 
     print(f"{count} hostile strings: no exception, no action that is not legal "
           f"({num_legal} named one); slowest megabyte {slowest:.3f} s of processor time",
           flush=True)
-    return slowest < 0.2
+    return slowest < MAX_SECONDS
 
 
 # -------------------------------------------------------------------------------------------------

@@ -88,6 +88,23 @@ def test_prompts_name_every_legal_action_and_field(name):
     assert '"thoughts"' in prompt and '"action"' in prompt
 
 
+def test_a_blank_is_told_and_shown():
+    game = env.EZPointsEnv(obs="text")
+    _, info = game.reset(seed=0)
+    wrong = next(n for n in range(1, 11) if n not in info["numbers"])
+    first, second = (str(n) for n in info["numbers"])
+    for entry in (first, str(wrong)):
+        *_, info = game.step(game.actions.index(entry))
+    prompt = build_prompt(info)
+    assert f"Formula so far: {first}_\n" in prompt and "leaves a blank _" in prompt
+    answer = json.loads(demonstration(info, "+"))
+    assert answer["formula"] == f"{first}_" and f": {first}_ > " in answer["thoughts"]
+    game.step(game.actions.index(str(wrong)))
+    *_, info = game.step(game.actions.index(str(wrong)))
+    assert answer["thoughts"].endswith(f"{second}=, write {env.expert_action(game._info() | {'formula': [first, '_']})}")
+    assert json.loads(demonstration(info, "="))["thoughts"].endswith("cannot make 12, write =")
+
+
 def test_chatter_varies_from_state_to_state_and_comes_before_the_thought():
     game, openings = gym.make(env.env_id("ezpoints")), set()
     for seed in range(50):
