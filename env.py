@@ -106,10 +106,10 @@ class Game(gym.Env):
         self.over = False
         self.episode_return = 0.0
 
-        attributes = dict(vars(self))
+        before = dict(vars(self))
         self.deal()
         if not self._checked:  # at the first reset: did deal() set what `saved` says?
-            check_saved(self, attributes)
+            check_saved(self, before)
             self._checked = True
         return self.render(), self._info()
 
@@ -462,9 +462,9 @@ GAMES = {}  # name of a task -> its class
 def register(game):
     """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
     GAMES[game.name] = game
-    entry_point = game
-    if getattr(sys.modules[game.__module__], game.__name__, game) is game:
-        entry_point = f"{game.__module__}:{game.__name__}"  # a name can be written to JSON
+    entry_point = f"{game.__module__}:{game.__name__}"  # a name can be written to JSON
+    if "<locals>" in game.__qualname__:  # but a class within a function has none
+        entry_point = game
     gym.register(env_id(game.name), entry_point=entry_point)
 
 
@@ -555,7 +555,7 @@ class Games:
         indices = [legal.index(action) for legal, action in zip(legal_actions, actions)]
         images, rewards, terminated, truncated, infos = self.vector.step(np.array(indices))
 
-        # Copy the last pictures, because the reset below overwrites them
+        # Keep what the step gave, of the old episodes. The reset below overwrites the pictures.
         ended = terminated | truncated  # (N,)
         result = {
             "rewards": rewards,
@@ -863,9 +863,9 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
 # numberline   always "+": no fixed probability of "+" is better
 # blackjack    always "stand": to hit once, or twice, and then to stand is worse
 # ezpoints     the best play that reads the formula so far, whose blanks tell what is not on a card
-# points24     the best such play that tries the numbers from 10 down to 1, with at most two pairs of
-#              brackets. In another order it may be better. The best formula that is chosen before
-#              the game, "10+10+10-6", is right in 0.90 % of the deals.
+# points24     the best such play that tries the numbers from 10 down to 1, with at most two pairs
+#              of brackets. In another order it may be better. The best formula that is chosen
+#              before the game, "10+10+10-6", is right in 0.90 % of the deals.
 BLIND = {
     "numberline": 0.5,
     "blackjack": 0.3807,
@@ -963,9 +963,10 @@ def shortest_formula(numbers, target, beginning):
     return None if rest is None else beginning + rest
 
 
-# What is written so far is a list of levels: the formula's own, then one for each open bracket. A
-# level is (sum of its finished terms, value of its last term, sign that waits for an operand or "").
-# Floats are exact enough: with four cards a value is 24, or differs from it by 1/1000 or more.
+# What is written so far is kept as levels: the formula's own, then one for each open bracket. A
+# level is (sum of its finished terms, value of its last term, the sign that waits for an operand).
+# The sign is "" after an operand. Floats are exact enough: with four cards a value is 24, or it
+# differs from 24 by 1/1000 or more.
 EMPTY_LEVEL = (0.0, 0.0, "+")
 
 
@@ -1010,7 +1011,7 @@ def read_beginning(entries, numbers):
 
 
 def shortest_rest(levels, numbers, target, found):
-    """The shortest entries after which all of `numbers` are used and the value is `target`, or None.
+    """The shortest entries that use all of `numbers` and make the value `target`, or None.
 
     A search over all that may follow. found: its results, (levels, numbers) -> entries, to begin
     with an empty dict.
@@ -1024,10 +1025,12 @@ def shortest_rest(levels, numbers, target, found):
     if (levels, numbers) in found:
         return found[levels, numbers]
 
-    # Try each way to go on, unless it is already too long
+    # Try each way to go on, unless it is already too long: each number that is left needs a sign
+    # (one of them may be there), and each open bracket must be closed
     best = None
     for entries, next_levels, left in ways_on(levels, numbers):
-        least_length = len(entries) + 2 * len(left) - 1 + len(next_levels) - 1
+        open_brackets = len(next_levels) - 1
+        least_length = len(entries) + 2 * len(left) - 1 + open_brackets
         if best is not None and least_length > len(best):
             continue
         rest = shortest_rest(next_levels, left, target, found)
@@ -1084,7 +1087,10 @@ def splits(numbers):
 
 @cache
 def operands(numbers):
-    """All operands over the sorted tuple `numbers`: (value, shortest entries). Most have brackets."""
+    """All operands over the sorted tuple `numbers`, as (value, shortest entries).
+
+    An operand is a number, or several in brackets.
+    """
     shortest = {}
     for value, precedence, entries in distinct_expressions(numbers):
         if precedence < 3:

@@ -289,6 +289,8 @@ PUBLISHED = {  # LLaVA-1.6-7B after RL, from the paper's tables
     "alfworld": "21.7 %",
 }
 BOUNDS = {  # best possible success rates: computed, for an infinite deck
+    "numberline": 1.0,
+    "ezpoints": 1.0,
     "blackjack": 0.4316,
     "points24": 0.7309,
 }
@@ -417,7 +419,7 @@ def draw_curves(axes, task, settings):
 
 
 def draw_references(axes, task, settings):
-    """Draw a dashed line for the mean of every other policy, a dotted one for the best possible."""
+    """Draw dashed lines for the means of other policies, dotted ones for what is possible."""
     # SFT and RL differ from setting to setting: their lines are drawn if there is one setting.
     names = list(REFERENCES) if len(settings) == 1 else ["random", "expert"]
     all_runs = [run for seed_runs in settings.values() for run in seed_runs]
@@ -430,6 +432,16 @@ def draw_references(axes, task, settings):
     if task in BOUNDS:
         label = f"best possible {BOUNDS[task]:.2%}"
         axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=label)
+        label = f"best without looking {env.BLIND[task]:.2%}"
+        axes.axhline(env.BLIND[task], ls=":", lw=1.2, color="#9a9a9a", label=label)
+
+
+def bounds_line(task):
+    """What is possible in a task, as a line for below its table; "" where it was not computed."""
+    if task not in BOUNDS:
+        return ""
+    return (f"success without looking at the picture: at best {env.BLIND[task]:.2%}; "
+            f"best possible: {BOUNDS[task]:.2%}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -943,7 +955,8 @@ def play(args, player):
         agent = expert_agent
     episodes = args.episodes or 1000
     result |= evaluate(agent, player.task, episodes, args.seed, args.num_envs, player.obs)
-    return result, f"{player.task}, seed {args.seed}\n{table({player.name: result})}"
+    lines = [f"{player.task}, seed {args.seed}", table({player.name: result})]
+    return result, "\n".join([*lines, bounds_line(player.task)]).rstrip()
 
 
 def play_api(args):

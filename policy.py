@@ -55,8 +55,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import env
 from prompts import CARD_TASKS, action_start, build_prompt, corpus
 
-# Tensors of a processor with one number for each token (the last two: which kind of token it is).
-# All other tensors belong to the picture.
+# Tensors of a processor with one number for each token; "type" is the kind of a token: text or
+# picture. All other tensors belong to the picture.
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -161,7 +161,9 @@ class VLMPolicy(nn.Module):
         the end-of-sequence token, and the values (N,) of the states; all on the CPU.
         """
         # Read the prompts, and keep their keys and values in the cache. The prompts are padded on
-        # the left, so the last hidden state of a row is that of its prompt's last token.
+        # the left, so the last hidden state of a row is that of its prompt's last token. The
+        # attention mask hides the padding, and attention depends on distances between tokens
+        # alone: other neighbours in the batch, with other padding, change nothing.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
@@ -186,7 +188,7 @@ class VLMPolicy(nn.Module):
 
             # Let the model read this token; all tokens before it are in the cache
             attention_mask = pad(attention_mask, (0, 1), value=1)              # (N, tokens so far)
-            batch = self.next_input(token, attention_mask)
+            batch = self.next_input(token, attention_mask)  # these two (for Qwen also positions)
             hidden = self.hidden_states(batch, keep=1, past_key_values=cache)  # (N, 1, D)
 
         tokens = torch.cat(tokens, 1).cpu()                                    # (N, L)
@@ -253,11 +255,15 @@ class VLMPolicy(nn.Module):
 
     @property
     def backbone(self):
-        """The model without its language head. An adapter is inside the model's own layers."""
+        """The model without its language head.
+
+        PEFT wraps the model, and puts the adapter into its layers. Without the wrapper
+        (`get_base_model`) the adapter is still there. `base_model` is the part below the head.
+        """
         model = self.model
         if isinstance(model, PeftModel):
-            model = model.get_base_model()  # the model itself
-        return model.base_model             # without its head
+            model = model.get_base_model()
+        return model.base_model
 
     def hidden_states(self, batch, keep, past_key_values=None):
         """The last hidden states (N, keep, D), float32, of the last `keep` tokens of a batch."""
@@ -307,7 +313,8 @@ class VLMPolicy(nn.Module):
         lengths = batch["attention_mask"].sum(1).tolist()
 
         # Take the samples apart, because an answer meets other answers in the update. Text loses
-        # its padding; of the picture's tensors each sample owns an equal part.
+        # its padding. A picture's tensors, such as pixels (N, 3, height, width) or a list of all
+        # patches, are cut into N equal parts: all pictures have the same size.
         inputs = [{} for _ in questions]
         for key, x in batch.items():
             if x.is_floating_point():

@@ -5,8 +5,8 @@ One environment step is one PPO action, however many tokens the policy wrote. It
     log pi(a | o, v_in) = lambda * log p(v_tht | o, v_in) + log p(v_act | o, v_in, v_tht)
 
 v_tht is the chain of thought (CoT), v_act the action, and lambda in [0, 1] the CoT scale (paper,
-section 4.3). The thoughts are many tokens and the action few. lambda = 1 drowns the action in the
-wording of the thoughts, lambda = 0 never reinforces a thought.
+section 4.3). The thoughts are many tokens and the action few. With lambda = 1 most of the noise in
+this sum comes from the thoughts; with lambda = 0 no thought is ever reinforced.
 
 Read from the top: `Rollout`, `action_log_prob`, `compute_gae`, `ppo_loss`, `ppo_update`. The rest
 can wait. Letters in shapes: T steps, N environments (or samples of a batch), L answer tokens.
@@ -99,11 +99,11 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # An estimate of KL(pi_old, pi_new). Where pi is a distribution (lambda = 1) the mean of
-        # ratio - 1 is 0; subtracting log_ratio leaves no negative term.
+        # KL(pi_old, pi_new) is the mean of -log_ratio. Adding ratio - 1, whose mean is 0, makes
+        # every term positive. (For lambda < 1 it is a measure of distance like the KL.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
-        "entropy": new.entropy,
+        "entropy": new.entropy,  # no bonus for it in the loss, as in the paper
     }
 
 
@@ -114,7 +114,7 @@ def kl_to_sft(logp_cot, sft_logp_cot):
     on this term keeps what SFT has taught; the action stays free.
 
     The gradient of this term is (log p - log p_SFT) * grad log p. Its mean over samples of p is
-    the gradient of KL(p, p_SFT).
+    the gradient of KL(p, p_SFT): exact before the first step of an update, close to it later.
     """
     return 0.5 * (logp_cot - sft_logp_cot) ** 2
 
@@ -142,7 +142,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     old = {
         "log_prob": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale),
         "value": rollout.values,
-        "advantage": normalise(advantages),    # over the whole rollout, not each mini-batch
+        "advantage": normalise(advantages),    # over the rollout: a mini-batch has too few steps
         "return": returns,
     }
     if config.kl_coef:
@@ -174,18 +174,19 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
             pieces.append({name: x.detach() for name, x in losses.items()})
         sum_gradients(parameters)
 
-        # 3. Clip the gradient, and take one step of the optimiser unless the mini-batch is broken
+        # 3. Clip the gradient, and take one step of the optimiser. A broken mini-batch, with an
+        # infinite gradient or a ratio past exp(10), is skipped.
         max_grad_norm = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
         broken = is_broken(pieces, grad_norm)
         if not broken:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        approx_kl = report.add(pieces, grad_norm, broken)
+        report.add(pieces, grad_norm, broken)
 
         # 4. End the update where the policy has moved far enough from the one that sampled
         # (1.5 times the target, as in other implementations)
-        if config.target_kl and not broken and approx_kl > 1.5 * config.target_kl:
+        if config.target_kl and report.last_approx_kl > 1.5 * config.target_kl:
             break
 
     return report.means() | {"explained_variance": explained_variance(rollout.values, returns)}
@@ -224,9 +225,10 @@ class UpdateReport:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.first_ratio_error = None
+        self.last_approx_kl = 0.0      # of the last sound mini-batch
 
     def add(self, pieces, grad_norm, broken):
-        """Take the losses of a mini-batch, a list of dicts of tensors; returns its approx_kl.
+        """Take the losses of a mini-batch, a list of dicts of tensors.
 
         Raises FloatingPointError if more than MAX_SKIPPED mini-batches in a row were broken.
         """
@@ -241,6 +243,7 @@ class UpdateReport:
         # Keep the means, or count the mini-batch as skipped
         if not broken:
             self.history.append(stats | {"grad_norm": grad_norm})
+            self.last_approx_kl = stats["approx_kl"]
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
@@ -250,7 +253,6 @@ class UpdateReport:
                 f"{self.skipped_in_a_row} mini-batches in a row had an infinite gradient "
                 "or an exploded ratio"
             )
-        return stats["approx_kl"]
 
     def means(self):
         """Means over the sound mini-batches. Raises FloatingPointError if there is none."""

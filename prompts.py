@@ -67,7 +67,8 @@ def numberline_thoughts(info):
 def blackjack_thoughts(info):
     """What the hand is worth: "hard 16 against 9, may bust".
 
-    Longer hands are added up card by card: "12, 19, hard 20 against 10, may bust" for 7 5 7 A.
+    Longer hands are added up card by card, because a small model cannot add them at once:
+    "12, 19, hard 20 against 10, may bust" for 7 5 7 A.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = list(itertools.accumulate(numbers))
@@ -85,7 +86,8 @@ def points_task(game, count, entries):
     target = game.target
 
     def thoughts(info):
-        # Write the whole plan at every step, split where the formula stands, then the next entry
+        # Write the whole plan at every step, split where the formula stands, then the next entry.
+        # (The action of a demonstration may be another one: SFT teaches the thoughts, RL to act.)
         hand = " ".join(str(number) for number in sorted(info["numbers"]))
         formula = info["formula"]
         plan = env.solve(info["numbers"], target, formula, game.max_entries)
@@ -99,7 +101,7 @@ def points_task(game, count, entries):
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once "
               f"and equals {target}, one entry at a time: a number or one of {entries}. "
               "A counts 1; J, Q and K count 10. The entry = hands it in. "
-              f"A number that is not on an unused card leaves a blank {env.BLANK}",
+              f"A number that no unused card shows leaves a blank {env.BLANK}",
         fields={
             "cards": Field(["rank of each card"], lambda info: ranks_of(info["cards"])),
             "formula": Field("the formula so far", lambda info: "".join(info["formula"])),
@@ -204,8 +206,8 @@ def demonstration(info, action, style="full"):
 # -------------------------------------------------------------------------------------------------
 # The parser f: from the text of an answer to a legal action
 
-# In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. Without a limit a
-# long run of spaces would be read again and again.
+# In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
+# search would read a long run of spaces once for each of them.)
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)
@@ -245,9 +247,9 @@ def pattern_of(actions):
     alternatives = []
     for action in sorted(actions, key=len, reverse=True):  # "drawer 12" is tried before "drawer 1"
         name = re.escape(action)
-        if action[-1:].isalnum():  # no letter or digit before and behind it; else only spaces
+        if action[-1:].isalnum():  # a word: no letter or digit before or behind it
             alternatives.append(rf"(?<!\w){name}(?!\w)")
-        else:
+        else:  # a sign: only spaces before and behind it
             alternatives.append(rf"(?<!\S){name}(?!\S)")
     return re.compile("|".join(alternatives))
 
@@ -257,9 +259,9 @@ def parse_action(text, legal_actions, rng):
 
     text: any string; legal_actions: list of str, not empty; rng: a numpy Generator, used for
     illegal answers only. Returns (action, was_legal). An answer is legal if it names exactly one
-    action after the key `"action":`. Quotes, spacing, case, trailing text and missing braces do not
-    matter. Two different actions, or none, are illegal. Never raises; the time is linear in the
-    text.
+    action after the key `"action":`. (If the key comes more than once, all must name the same.)
+    Quotes, spacing, case, trailing text and missing braces do not matter. Two different actions, or
+    none, are illegal. Never raises; the time is linear in the text.
     """
     original = {action.lower(): action for action in legal_actions}
     pattern = pattern_of(original)

@@ -42,6 +42,7 @@ from tqdm import tqdm
 import env
 import prompts
 from eval import (
+    bounds_line,
     evaluate,
     expert_agent,
     model_agent,
@@ -261,7 +262,7 @@ def sft(policy, config, run):
 
     progress = progress_bar("SFT", config.sft_steps, first_step)
     for step in range(first_step, config.sft_steps):
-        # 1. Write demonstrations: right fields and thoughts, but some actions are random
+        # 1. Write demonstrations: right fields and thoughts, but most actions are random
         infos = games.infos
         is_random = rng.random(num_envs) < config.demo_noise                   # (N,)
         actions = []
@@ -297,8 +298,9 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Play on: the expert's action, or with probability 1/4 the demonstrated one. Random
-        # actions lose games, and a lost game has no more states to learn from.
+        # 4. Play on, in each game either the expert's action or, with probability 1/4, the one
+        # demonstrated above. Some random actions lead to states that an expert never sees. With
+        # more of them most games would be lost early, and SFT would see few late states.
         plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
@@ -417,7 +419,7 @@ class Collector:
             terminated=torch.tensor(np.array(terminated)),
             truncated=truncated,
         )
-        self.add_variants(rollout)
+        self.add_optional(rollout)
         return rollout, self.statistics(episodes, num_illegal)
 
     def values_at_time_limit(self, step):
@@ -443,13 +445,8 @@ class Collector:
         """T * N numbers, step after step, as a float32 tensor (T, N)."""
         return torch.tensor(numbers).reshape(-1, self.num_envs)
 
-    def add_variants(self, rollout):
-        """Add what only variants of the method need: see `ppo.variant_losses`."""
-        if self.config.ratio == "token":
-            logps = [answer.token_logps.float() for answer in rollout.answers]
-            padded = pad_sequence(logps, batch_first=True)                     # (T * N, L)
-            rollout.token_logps = padded.unflatten(0, rollout.values.shape)
-
+    def add_optional(self, rollout):
+        """Add what the KL to SFT needs, and one ratio a token."""
         if self.config.kl_coef:
             # The SFT policy is the same network with its adapter off: no second model is needed
             logp_cot = []
@@ -458,6 +455,11 @@ class Collector:
                     scores = self.policy.evaluate(rollout.answers[i: i + self.config.microbatch])
                     logp_cot.append(scores.logp_cot.cpu())
             rollout.sft_logp_cot = torch.cat(logp_cot).reshape(rollout.values.shape)
+
+        if self.config.ratio == "token":  # a variant
+            logps = [answer.token_logps for answer in rollout.answers]
+            padded = pad_sequence(logps, batch_first=True)                     # (T * N, L)
+            rollout.token_logps = padded.unflatten(0, rollout.values.shape)
 
     def statistics(self, episodes, num_illegal):
         """Of a rollout, over all processes: episodes, success_rate, mean_return, illegal_rate."""
@@ -543,7 +545,11 @@ def reinforce(policy, config, run):
 
 
 def example_states(policy, config, num_states=512):
-    """Inputs of the model for many states, from games in which every second action is random."""
+    """Inputs of the model for many states: what the value head is standardised with.
+
+    They come from games in which half of the actions are random, before the first rollout, whose
+    values need the standardised head already.
+    """
     rng = np.random.default_rng(process_seed(config))
     games = make_games("sft", config.num_envs // world_size(), config)
     inputs = []
@@ -573,7 +579,8 @@ def train(policy, config, run, weights=None):
     if config.policy == "cnn":
         return train_cnn(policy, config, run)
 
-    # Stage 1: imitate demonstrations, unless the policy has the weights already
+    # Stage 1: imitate demonstrations, unless the policy has the weights already: from another run
+    # with the same settings, or from this one, if it was stopped in stage 2
     if weights is None:
         if config.sft_lora:
             policy.add_lora(config.lora_rank, config.lora_alpha)
@@ -584,7 +591,7 @@ def train(policy, config, run, weights=None):
     elif rank() == 0:
         copy_folder(weights, run.out / "sft")
 
-    if run.state["stage"] != "rl":  # else this run was stopped in stage 2, and goes on there
+    if run.state["stage"] != "rl":
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))
         assess("random", policy, config, run)
@@ -660,6 +667,7 @@ def finish(config, run):
         results[task] = {row["policy"]: row for row in run.rows if row.get("env") == task}
         print(f"\n{task}")
         print(table(results[task]))
+        print(bounds_line(task))
     print(f"\nrun: {run.out} (learning curve: {run.out / 'curve.png'})")
     return results
 

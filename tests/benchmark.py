@@ -134,7 +134,7 @@ class Work:
         self.config = config
         torch.manual_seed(0)
         self.policy = build_policy(config)
-        self.games = {num_envs: env.Games(config.env, num_envs, seed=0) for num_envs in (1, 16, 64)}
+        self.games = {num_envs: env.Games(config.env, num_envs, 0) for num_envs in (1, 16, 64)}
         self.begin = {num_envs: games.snapshot() for num_envs, games in self.games.items()}
 
         # An untrained model writes to the last token: teach the format, so that answers have

@@ -687,7 +687,7 @@ def test_tasks_of_a_mixture_are_dealt_over_all_processes():
     for process in range(2):
         games = env.Games(",".join(names), 2, 0, "text", first=2 * process, total=4)
         dealt += [info["env"] for info in games.infos]
-        assert games.vector.single_action_space.n == 12
+        assert games.vector.single_action_space.n == 13
         games.step([env.expert_action(info) for info in games.infos])
         assert all(sum(info["action_mask"]) == len(info["legal_actions"]) for info in games.infos)
     assert dealt == [*names, "numberline"]
