@@ -23,18 +23,15 @@ import os
 import sys
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from torch.nn.functional import interpolate, linear, pad
+from torch.nn.functional import interpolate, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -839,39 +836,19 @@ def load_run(directory, which="rl", trust_remote_code=False):
 
 # -------------------------------------------------------------------------------------------------
 # Speed: skip this at first reading. The method does not need it.
-# `python tests/benchmark.py` measures what each of these three is worth.
+# `python tests/benchmark.py --tricks` measures what it is worth.
 
 
 class FastVLMPolicy(VLMPolicy):
-    """A `VLMPolicy` that does the same with less work, in float32 on models like LLaVA.
+    """A `VLMPolicy` that prepares pictures and prompts with less work, for the embedded model.
 
-    1. `encode` shrinks all pictures in one call, and processes each different prompt once.
-    2. `merged` lets a linear layer with its adapter make one product instead of three.
-    3. The last MLP skips the tokens that nothing reads.
+    The processor shrinks pictures one by one, and reads the same instructions before each. Here all
+    pictures are shrunk in one call, and each different prompt is processed once.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.known_prompts = {}  # prompt -> its part of `Answer.inputs`
-        self.keep = None         # how many tokens at the end the last MLP computes; None: all
-        skip_unread_tokens(self)
-
-    def act(self, images, questions):
-        with self.merged():
-            return super().act(images, questions)
-
-    def evaluate(self, answers):
-        with self.merged():
-            return super().evaluate(answers)
-
-    def hidden_states(self, batch, keep, past_key_values=None):
-        if not self.checkpointed_layers:  # they compute again later, in the backward pass
-            self.keep = keep
-        hidden = super().hidden_states(batch, keep, past_key_values)
-        self.keep = None
-        return hidden
-
-    # -- 1. Pictures and prompts
 
     def encode(self, images, questions):
         height = images.shape[1]
@@ -906,28 +883,6 @@ class FastVLMPolicy(VLMPolicy):
         pixels = (pixels * how.rescale_factor - mean) / std
         return pixels.to(self.model.dtype)
 
-    # -- 2. Products of layers with an adapter
-
-    @contextmanager
-    def merged(self):
-        """For a while, let every layer compute x (W + s B A)^T instead of x W^T + s (x A^T) B^T.
-
-        In float32 the two differ by rounding. In bfloat16 they differ by more, so there nothing
-        changes; nor where layers are checkpointed and computed again in the backward pass.
-        """
-        layers = []
-        in_float32 = self.model.dtype == torch.float32
-        computed_again = bool(self.checkpointed_layers) and torch.is_grad_enabled()
-        if in_float32 and not computed_again:
-            layers = [module for module in self.model.modules() if is_mergeable(module)]
-        try:
-            for layer in layers:
-                use_merged_product(layer)
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward  # the function of the object; that of its class is left
-
 
 def only_shrinks(image_processor, height):
     """Whether it makes bilinear, smaller, normalised pictures, and nothing else."""
@@ -941,71 +896,6 @@ def only_shrinks(image_processor, height):
         and image_processor.do_rescale
         and image_processor.do_normalize
     )
-
-
-def is_mergeable(module):
-    """Whether it is a linear layer with an adapter that is on (weights in four bits are another
-    class)."""
-    return (
-        isinstance(module, LoraLinear)
-        and not module.disable_adapters
-        and type(module.base_layer) is nn.Linear
-    )
-
-
-def use_merged_product(layer):
-    """Give a layer with an adapter another `forward`, which hides that of its class."""
-    name = layer.active_adapters[0]
-    a = layer.lora_A[name].weight                                              # (rank, in)
-    b = layer.lora_B[name].weight                                              # (out, rank)
-    scale = layer.scaling[name]
-    weight = layer.base_layer.weight.detach()                                  # (out, in)
-    merged = torch.addmm(weight, b.detach(), a.detach(), alpha=scale)
-    layer.forward = partial(MergedProduct.apply, merged, layer.base_layer.bias, a, b, scale)
-
-
-class MergedProduct(torch.autograd.Function):
-    """x (W + s B A)^T + bias, given the sum: no gradient for W, thin products for those of A and
-    B."""
-
-    @staticmethod
-    def forward(ctx, merged, bias, a, b, scale, x):
-        ctx.save_for_backward(merged, a, b, x)
-        ctx.scale = scale
-        return linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        merged, a, b, x = ctx.saved_tensors
-        rows = grad.flatten(0, -2)                                             # (rows, out)
-        inputs = x.flatten(0, -2)                                              # (rows, in)
-        grad_a = ctx.scale * (rows @ b).T @ inputs                             # (rank, in)
-        grad_b = ctx.scale * rows.T @ (inputs @ a.T)                           # (out, rank)
-        grad_x = None
-        if ctx.needs_input_grad[5]:
-            grad_x = grad @ merged
-        return None, None, grad_a, grad_b, None, grad_x
-
-
-# -- 3. The last MLP
-
-
-def skip_unread_tokens(policy):
-    """Let the last layer's MLP compute only the last `policy.keep` tokens: nothing reads the
-    others."""
-    layers = getattr(policy.model.get_decoder(), "layers", [None])
-    mlp = getattr(layers[-1], "mlp", None)
-    if not hasattr(mlp, "down_proj"):  # such as a mixture of experts
-        return
-    whole_forward = mlp.forward
-
-    def forward(x):                                                            # (N, tokens, D)
-        if policy.keep is None or policy.keep >= x.shape[1]:
-            return whole_forward(x)
-        computed = whole_forward(x[:, -policy.keep:])                          # (N, keep, D)
-        return pad(computed, (0, 0, x.shape[1] - policy.keep, 0))              # zeros before it
-
-    mlp.forward = forward
 
 
 # -------------------------------------------------------------------------------------------------

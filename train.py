@@ -1004,11 +1004,6 @@ def memory_plan(policy, config):
     num_envs = config.num_envs // world_size()
     microbatch = min(config.microbatch, config.minibatch // world_size())
 
-    # Weights; in float32, merged copies of them (FastVLMPolicy)
-    weights = model.get_memory_footprint()
-    if model.dtype == torch.float32:
-        weights += 4 * sum(module.weight.numel() for module in linear)
-
     # What is trained: float32 weights, gradients, and two moments of Adam
     trained = config.lora_rank * sum(m.in_features + m.out_features for m in linear)
     if not config.sft_lora:
@@ -1032,7 +1027,7 @@ def memory_plan(policy, config):
     cache = tokens * (2 * layers * heads * head_size + 36 * width)
 
     parts = {
-        "weights": weights,
+        "weights": model.get_memory_footprint(),
         "adapter and optimiser": 16 * trained,
         "KV cache and prompts": num_envs * cache * bytes_per_value,
         "activations": microbatch * (activations * bytes_per_value + logits),

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.profiler import ProfilerActivity, profile
 
 import env
 import prompts
@@ -112,33 +111,6 @@ def test_special_tokens_are_never_sampled(policy):
         logp = policy.log_probs(torch.full((1, model.config.text_config.vocab_size), 0.0).index_fill(1, torch.tensor([image]), 1e4))
     assert logp[0, image] == -torch.inf and torch.isfinite(logp[0, policy.eos_ids]).all()
     assert torch.isclose(logp.exp().sum(), torch.tensor(1.0))
-
-
-def test_merging_for_a_while_makes_one_product_of_three_and_leaves_no_trace(fast):
-    policy = fast
-    before = {name: x.clone() for name, x in policy.state_dict().items()}
-    layer = next(m for m in policy.modules() if isinstance(m, LoraLayer))
-    x = torch.randn(2, 3, layer.in_features)
-    apart = layer(x)
-    with policy.merged(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-        together = layer(x)
-    assert sum(event.key in ("aten::mm", "aten::addmm") and event.count for event in profiled.key_averages()) == 1
-    torch.testing.assert_close(together, apart)
-    assert "forward" not in vars(layer) and torch.equal(layer(x), apart)
-    assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
-
-
-def test_the_last_mlp_is_computed_only_where_it_is_read(fast):
-    policy = fast
-    batch, seen = policy.collate([answer.inputs for answer in demonstrations(policy, "points24")]), []
-    linear = policy.model.get_decoder().layers[-1].mlp.up_proj
-    hook = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
-    whole = policy.backbone(**batch).last_hidden_state
-    kept = policy.hidden_states(batch, 3)
-    again = policy.backbone(**batch).last_hidden_state
-    hook.remove()
-    assert seen == [whole.shape[1], 3, whole.shape[1]] and torch.equal(whole, again)
-    torch.testing.assert_close(kept, whole[:, -3:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["blackjack", "points24"])
