@@ -193,9 +193,14 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 
 
 def normalise(advantages):
-    """Advantages (T, N) with mean 0 and deviation 1 over the whole rollout of all processes."""
+    """Advantages (T, N) divided by their root mean square over the rollout of all processes.
+
+    The mean is not subtracted. The advantages of a policy that wins already are small, and mostly
+    of one sign. Centred, half of its good steps would look bad, and be pushed down.
+    """
     all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
-    return (advantages - all_advantages.mean()) / (all_advantages.std() + 1e-8)
+    root_mean_square = all_advantages.pow(2).mean().sqrt()
+    return advantages / (root_mean_square + 1e-8)
 
 
 def shuffled_minibatches(num_steps, size, epochs):

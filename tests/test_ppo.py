@@ -14,6 +14,7 @@ from ppo import (
     auto_cot_scale,
     compute_gae,
     explained_variance,
+    normalise,
     ppo_loss,
     ppo_update,
     token_ratio_loss,
@@ -116,8 +117,8 @@ def test_the_update_prefers_the_better_action_and_learns_the_value():
 def test_the_first_gradient_is_the_policy_gradient():
     policy = Bandit()
     update(policy, epochs=1, minibatch=32, value_coef=0.0)
-    advantages = torch.tensor([-1.0, 1.0] * 16)
-    advantages /= advantages.std()
+    advantages = torch.tensor([0.0, 1.0] * 16)  # the rewards, since V is 0
+    advantages /= 0.5 ** 0.5  # their root mean square
     # d/dlogit_1 of mean(A * log pi) = mean(A * (1[a = 1] - pi_1))
     expected = 0.1 * (advantages * (torch.tensor([0.0, 1.0] * 16) - 0.5)).mean()
     torch.testing.assert_close(policy.logits[1].detach(), expected)
@@ -272,3 +273,12 @@ def test_the_loss_by_hand():
     losses = ppo_loss(new, old, cot_scale=0.5, clip=0.1, value_clip=0.5)
     assert losses["policy_loss"].tolist() == pytest.approx([-1.1 * 2, 1.5])  # only a gain is clipped
     assert losses["clipfrac"].tolist() == [1.0, 1.0]
+
+
+def test_good_steps_stay_good_when_advantages_are_normalised():
+    """A policy that wins has small advantages of one sign; none may change its sign."""
+    advantages = torch.tensor([[0.01, 0.02], [0.05, 0.04]])
+    normalised = normalise(advantages)
+    assert (normalised > 0).all() and normalised.pow(2).mean() == pytest.approx(1)
+    assert torch.isfinite(normalise(torch.zeros(2, 2))).all()
+    assert torch.isfinite(normalise(torch.ones(1, 1))).all()  # a rollout of one step
