@@ -66,7 +66,10 @@ class Game(gym.Env):
                    self.np_random, so that a seed fixes the episode.
     play(action)   plays the text `action`; returns (reward, terminated, truncated)
     state()        returns the true state behind the picture, as a dict for `info`
-    draw()         returns the picture, a new PIL image of SIZE x SIZE
+    draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: deal() draws
+                   it, and `saved` keeps it. The embedded model sees patches of 60 x 60 pixels, so
+                   what matters should be about as large.
+    marks          for obs="marked", see below; optional
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
     `info` always has `env` (the name), `obs`, `legal_actions` (list of str), `action_mask` (int8: 1
@@ -110,6 +113,7 @@ class Game(gym.Env):
         self.deal()
         if not self._checked:  # at the first reset: did deal() set what `saved` says?
             check_saved(self, before)
+            check_contract(self)
             self._checked = True
         return self.render(), self._info()
 
@@ -642,6 +646,24 @@ def check_saved(game, attributes):
             raise TypeError(f"{class_name}.saved names {name!r}, but deal() sets no self.{name}: "
                             "set it there, or take it out of `saved`")
     check_json(game)
+
+
+def check_contract(game):
+    """Raise TypeError if the actions, the picture or the expert are not what `Game` asks for."""
+    class_name = type(game).__name__
+    for action in game.legal_actions():
+        if not isinstance(action, str):
+            raise TypeError(f"{class_name}.actions holds {action!r}: an action is a text, "
+                            f"write {str(action)!r}")
+
+    shape = np.shape(np.array(game.draw()))
+    if shape != (SIZE, SIZE, 3):
+        raise TypeError(f"{class_name}.draw() must return an RGB picture of {SIZE} x {SIZE} "
+                        f"pixels; what it returned has the shape {shape}")
+
+    action = game.expert(game._info())
+    if action not in game.legal_actions():
+        raise TypeError(f"{class_name}.expert() returned {action!r}, which is no legal action")
 
 
 def check_json(game):
@@ -2276,287 +2298,185 @@ TASK_SIGNS = {
 # Suits, on a grid of 200 x 200. The sides of heart and spade touch their circles without a corner.
 SUIT_SHAPES = {
     "S": [
-        ("ellipse", "own", (4, 80, 104, 180)),
-        ("ellipse", "own", (96, 80, 196, 180)),
+        ("ellipse", "own", (4, 80, 104, 180)), ("ellipse", "own", (96, 80, 196, 180)),
         ("polygon", "own", (100, 0, 11, 105, 60, 150, 140, 150, 189, 105)),
         ("polygon", "own", (100, 120, 140, 200, 60, 200)),
     ],
     "H": [
-        ("ellipse", "own", (4, 20, 104, 120)),
-        ("ellipse", "own", (96, 20, 196, 120)),
+        ("ellipse", "own", (4, 20, 104, 120)), ("ellipse", "own", (96, 20, 196, 120)),
         ("polygon", "own", (100, 200, 11, 95, 60, 50, 140, 50, 189, 95)),
     ],
-    "D": [
-        ("polygon", "own", (100, 0, 175, 100, 100, 200, 25, 100)),
-    ],
+    "D": [("polygon", "own", (100, 0, 175, 100, 100, 200, 25, 100))],
     "C": [
-        ("ellipse", "own", (52, 2, 148, 98)),
-        ("ellipse", "own", (2, 77, 98, 173)),
-        ("ellipse", "own", (102, 77, 198, 173)),
-        ("polygon", "own", (100, 100, 140, 200, 60, 200)),
+        ("ellipse", "own", (52, 2, 148, 98)), ("ellipse", "own", (2, 77, 98, 173)),
+        ("ellipse", "own", (102, 77, 198, 173)), ("polygon", "own", (100, 100, 140, 200, 60, 200)),
     ],
 }
 
 # How kinds of things look: a shape and a colour. All other kinds are boxes.
 LOOKS = {
-    "apple": ("round", "#d22b2b"),
-    "tomato": ("round", "#f26b3a"),
-    "potato": ("round", "#a9814f"),
-    "lettuce": ("round", "#6aa83a"),
-    "egg": ("egg", "#f0d9a8"),
-    "bread": ("loaf", "#c98a45"),
-    "mug": ("cup", "#3c6fc4"),
-    "cup": ("cup", "#3aa89a"),
-    "plate": ("dish", "#9fb3c8"),
-    "bowl": ("dish", "#b06fc0"),
-    "garbagecan": ("can", "#6f7f6f"),
-    "pan": ("pan", "#4a4f57"),
-    "pot": ("pan", "#7a6f66"),
-    "pillow": ("soft", "#7f6fd0"),
-    "spoon": ("stick", "#8d99a6"),
-    "knife": ("stick", "#56606b"),
-    "cd": ("ring", "#3fb8e0"),
-    "pencil": ("pencil", "#e8b21e"),
-    "book": ("book", "#a03a8c"),
-    "newspaper": ("paper", "#cfc8b4"),
-    "remotecontrol": ("device", "#33373d"),
-    "cellphone": ("device", "#2f8f4f"),
-    "spraybottle": ("bottle", "#2fa0d8"),
-    "vase": ("bottle", "#d0568c"),
-    "cloth": ("cloth", "#3fa08f"),
-    "handtowel": ("cloth", "#e88aa0"),
-    "toiletpaper": ("roll", "#c8c8d4"),
-    "keychain": ("key", "#d8a020"),
-    "soapbar": ("bar", "#f09ab8"),
-    "dishsponge": ("bar", "#e8c83a"),
-    "alarmclock": ("clock", "#d8402f"),
-    "candle": ("candle", "#e8a83a"),
-    "microwave": ("oven", "#6f7883"),
-    "desklamp": ("lamp", "#e8902a"),
-    "floorlamp": ("lamp", "#d0a848"),
-    "diningtable": ("table", "#8a5a33"),
-    "sidetable": ("table", "#b58a5a"),
-    "coffeetable": ("table", "#6f4a2f"),
-    "desk": ("table", "#9c6b3f"),
-    "countertop": ("counter", "#8b9aa5"),
-    "dresser": ("counter", "#a4713f"),
-    "sofa": ("seat", "#4f78b8"),
-    "armchair": ("seat", "#b85f4f"),
-    "bed": ("bed", "#6f8fc8"),
-    "sinkbasin": ("basin", "#6fb0d0"),
-    "bathtubbasin": ("basin", "#4fa0a8"),
-    "toilet": ("basin", "#a8b4bc"),
-    "shelf": ("shelf", "#a87f4f"),
-    "cart": ("shelf", "#8f9fa8"),
-    "stoveburner": ("burner", "#d0502a"),
-    "fridge": ("door", "#9fb8cc"),
-    "cabinet": ("door", "#c09058"),
-    "safe": ("door", "#5a7a6a"),
-    "drawer": ("drawer", "#b87f48"),
+    "apple": ("round", "#d22b2b"), "tomato": ("round", "#f26b3a"), "potato": ("round", "#a9814f"),
+    "lettuce": ("round", "#6aa83a"), "egg": ("egg", "#f0d9a8"), "bread": ("loaf", "#c98a45"),
+    "mug": ("cup", "#3c6fc4"), "cup": ("cup", "#3aa89a"), "plate": ("dish", "#9fb3c8"),
+    "bowl": ("dish", "#b06fc0"), "garbagecan": ("can", "#6f7f6f"), "pan": ("pan", "#4a4f57"),
+    "pot": ("pan", "#7a6f66"), "pillow": ("soft", "#7f6fd0"), "spoon": ("stick", "#8d99a6"),
+    "knife": ("stick", "#56606b"), "cd": ("ring", "#3fb8e0"), "pencil": ("pencil", "#e8b21e"),
+    "book": ("book", "#a03a8c"), "newspaper": ("paper", "#cfc8b4"),
+    "remotecontrol": ("device", "#33373d"), "cellphone": ("device", "#2f8f4f"),
+    "spraybottle": ("bottle", "#2fa0d8"), "vase": ("bottle", "#d0568c"),
+    "cloth": ("cloth", "#3fa08f"), "handtowel": ("cloth", "#e88aa0"),
+    "toiletpaper": ("roll", "#c8c8d4"), "keychain": ("key", "#d8a020"),
+    "soapbar": ("bar", "#f09ab8"), "dishsponge": ("bar", "#e8c83a"),
+    "alarmclock": ("clock", "#d8402f"), "candle": ("candle", "#e8a83a"),
+    "microwave": ("oven", "#6f7883"), "desklamp": ("lamp", "#e8902a"),
+    "floorlamp": ("lamp", "#d0a848"), "diningtable": ("table", "#8a5a33"),
+    "sidetable": ("table", "#b58a5a"), "coffeetable": ("table", "#6f4a2f"),
+    "desk": ("table", "#9c6b3f"), "countertop": ("counter", "#8b9aa5"),
+    "dresser": ("counter", "#a4713f"), "sofa": ("seat", "#4f78b8"),
+    "armchair": ("seat", "#b85f4f"), "bed": ("bed", "#6f8fc8"), "sinkbasin": ("basin", "#6fb0d0"),
+    "bathtubbasin": ("basin", "#4fa0a8"), "toilet": ("basin", "#a8b4bc"),
+    "shelf": ("shelf", "#a87f4f"), "cart": ("shelf", "#8f9fa8"),
+    "stoveburner": ("burner", "#d0502a"), "fridge": ("door", "#9fb8cc"),
+    "cabinet": ("door", "#c09058"), "safe": ("door", "#5a7a6a"), "drawer": ("drawer", "#b87f48"),
 }
 
 # Shapes, on a grid of 100 x 100: from back to front, a form, a colour and the form's coordinates.
 # "own" is the thing's colour; "dark" and "light" are made from it.
 SHAPES = {
     "round": [
-        ("ellipse", "own", (14, 20, 86, 92)),
-        ("polygon", "black", (47, 24, 60, 4, 66, 6, 54, 26)),
+        ("ellipse", "own", (14, 20, 86, 92)), ("polygon", "black", (47, 24, 60, 4, 66, 6, 54, 26)),
         ("ellipse", "light", (28, 32, 46, 50)),
     ],
-    "egg": [
-        ("ellipse", "own", (24, 10, 76, 92)),
-        ("ellipse", "light", (34, 24, 50, 48)),
-    ],
+    "egg": [("ellipse", "own", (24, 10, 76, 92)), ("ellipse", "light", (34, 24, 50, 48))],
     "loaf": [
-        ("rectangle", "own", (8, 44, 92, 86)),
-        ("ellipse", "own", (8, 20, 92, 68)),
-        ("rectangle", "dark", (34, 40, 38, 84)),
-        ("rectangle", "dark", (62, 40, 66, 84)),
+        ("rectangle", "own", (8, 44, 92, 86)), ("ellipse", "own", (8, 20, 92, 68)),
+        ("rectangle", "dark", (34, 40, 38, 84)), ("rectangle", "dark", (62, 40, 66, 84)),
     ],
     "cup": [
-        ("ellipse", "dark", (48, 32, 96, 78)),
-        ("ellipse", "paper", (60, 44, 84, 66)),
-        ("rectangle", "own", (14, 20, 70, 92)),
-        ("rectangle", "light", (14, 20, 70, 32)),
+        ("ellipse", "dark", (48, 32, 96, 78)), ("ellipse", "paper", (60, 44, 84, 66)),
+        ("rectangle", "own", (14, 20, 70, 92)), ("rectangle", "light", (14, 20, 70, 32)),
     ],
-    "box": [
-        ("rectangle", "own", (8, 24, 92, 92)),
-        ("rectangle", "dark", (8, 24, 92, 42)),
-    ],
-    "dish": [
-        ("ellipse", "own", (2, 24, 98, 84)),
-        ("ellipse", "light", (22, 36, 78, 70)),
-    ],
+    "box": [("rectangle", "own", (8, 24, 92, 92)), ("rectangle", "dark", (8, 24, 92, 42))],
+    "dish": [("ellipse", "own", (2, 24, 98, 84)), ("ellipse", "light", (22, 36, 78, 70))],
     "can": [
         ("polygon", "own", (20, 24, 80, 24, 70, 98, 30, 98)),
         ("rectangle", "dark", (12, 12, 88, 26)),
     ],
     "pan": [
-        ("rectangle", "black", (60, 50, 100, 64)),
-        ("ellipse", "own", (4, 22, 72, 92)),
+        ("rectangle", "black", (60, 50, 100, 64)), ("ellipse", "own", (4, 22, 72, 92)),
         ("ellipse", "dark", (16, 34, 60, 80)),
     ],
-    "soft": [
-        ("ellipse", "own", (2, 20, 98, 88)),
-        ("ellipse", "light", (22, 34, 78, 74)),
-    ],
+    "soft": [("ellipse", "own", (2, 20, 98, 88)), ("ellipse", "light", (22, 34, 78, 74))],
     "stick": [
-        ("polygon", "own", (8, 84, 66, 28, 76, 38, 18, 94)),
-        ("ellipse", "own", (56, 2, 98, 44)),
+        ("polygon", "own", (8, 84, 66, 28, 76, 38, 18, 94)), ("ellipse", "own", (56, 2, 98, 44)),
     ],
-    "ring": [
-        ("ellipse", "own", (8, 8, 92, 92)),
-        ("ellipse", "paper", (36, 36, 64, 64)),
-    ],
+    "ring": [("ellipse", "own", (8, 8, 92, 92)), ("ellipse", "paper", (36, 36, 64, 64))],
     "pencil": [
         ("polygon", "own", (16, 70, 70, 12, 90, 30, 34, 88)),
-        ("polygon", "black", (16, 70, 34, 88, 6, 96)),
-        ("polygon", "dark", (70, 12, 90, 30, 96, 8)),
+        ("polygon", "black", (16, 70, 34, 88, 6, 96)), ("polygon", "dark", (70, 12, 90, 30, 96, 8)),
     ],
     "book": [
-        ("rectangle", "own", (14, 8, 86, 94)),
-        ("rectangle", "light", (30, 22, 74, 46)),
+        ("rectangle", "own", (14, 8, 86, 94)), ("rectangle", "light", (30, 22, 74, 46)),
         ("rectangle", "dark", (14, 8, 24, 94)),
     ],
     "paper": [
-        ("rectangle", "own", (10, 12, 90, 92)),
-        ("rectangle", "black", (20, 24, 80, 36)),
-        ("rectangle", "dark", (20, 46, 80, 52)),
-        ("rectangle", "dark", (20, 62, 80, 68)),
+        ("rectangle", "own", (10, 12, 90, 92)), ("rectangle", "black", (20, 24, 80, 36)),
+        ("rectangle", "dark", (20, 46, 80, 52)), ("rectangle", "dark", (20, 62, 80, 68)),
         ("rectangle", "dark", (20, 78, 60, 84)),
     ],
     "device": [
-        ("rectangle", "own", (28, 4, 72, 98)),
-        ("rectangle", "light", (36, 14, 64, 56)),
+        ("rectangle", "own", (28, 4, 72, 98)), ("rectangle", "light", (36, 14, 64, 56)),
         ("ellipse", "black", (42, 70, 58, 86)),
     ],
     "bottle": [
-        ("rectangle", "own", (26, 36, 74, 98)),
-        ("rectangle", "dark", (42, 6, 58, 38)),
-        ("rectangle", "black", (38, 2, 62, 14)),
-        ("rectangle", "light", (34, 56, 66, 80)),
+        ("rectangle", "own", (26, 36, 74, 98)), ("rectangle", "dark", (42, 6, 58, 38)),
+        ("rectangle", "black", (38, 2, 62, 14)), ("rectangle", "light", (34, 56, 66, 80)),
     ],
     "cloth": [
         ("polygon", "own", (6, 20, 94, 12, 90, 88, 10, 80)),
-        ("rectangle", "light", (20, 34, 80, 42)),
-        ("rectangle", "light", (20, 56, 80, 64)),
+        ("rectangle", "light", (20, 34, 80, 42)), ("rectangle", "light", (20, 56, 80, 64)),
     ],
     "roll": [
-        ("rectangle", "own", (14, 30, 86, 90)),
-        ("ellipse", "own", (14, 14, 86, 50)),
+        ("rectangle", "own", (14, 30, 86, 90)), ("ellipse", "own", (14, 14, 86, 50)),
         ("ellipse", "dark", (38, 24, 62, 40)),
     ],
     "key": [
-        ("ellipse", "own", (4, 26, 52, 74)),
-        ("ellipse", "paper", (18, 40, 38, 60)),
-        ("rectangle", "own", (48, 44, 98, 56)),
-        ("rectangle", "own", (76, 50, 84, 76)),
+        ("ellipse", "own", (4, 26, 52, 74)), ("ellipse", "paper", (18, 40, 38, 60)),
+        ("rectangle", "own", (48, 44, 98, 56)), ("rectangle", "own", (76, 50, 84, 76)),
         ("rectangle", "own", (90, 50, 98, 70)),
     ],
-    "bar": [
-        ("rectangle", "own", (8, 30, 92, 80)),
-        ("rectangle", "light", (20, 42, 80, 66)),
-    ],
+    "bar": [("rectangle", "own", (8, 30, 92, 80)), ("rectangle", "light", (20, 42, 80, 66))],
     "clock": [
-        ("ellipse", "own", (8, 12, 92, 96)),
-        ("ellipse", "light", (20, 24, 80, 84)),
-        ("rectangle", "black", (47, 30, 53, 56)),
-        ("rectangle", "black", (47, 52, 70, 58)),
-        ("ellipse", "own", (8, 2, 34, 28)),
-        ("ellipse", "own", (66, 2, 92, 28)),
+        ("ellipse", "own", (8, 12, 92, 96)), ("ellipse", "light", (20, 24, 80, 84)),
+        ("rectangle", "black", (47, 30, 53, 56)), ("rectangle", "black", (47, 52, 70, 58)),
+        ("ellipse", "own", (8, 2, 34, 28)), ("ellipse", "own", (66, 2, 92, 28)),
     ],
     "candle": [
-        ("rectangle", "own", (34, 38, 66, 96)),
-        ("ellipse", "black", (46, 26, 54, 40)),
+        ("rectangle", "own", (34, 38, 66, 96)), ("ellipse", "black", (46, 26, 54, 40)),
         ("polygon", "light", (50, 2, 62, 24, 50, 36, 38, 24)),
     ],
     "oven": [
-        ("rectangle", "own", (2, 16, 98, 84)),
-        ("rectangle", "dark", (8, 22, 72, 78)),
-        ("rectangle", "light", (14, 28, 66, 72)),
-        ("rectangle", "black", (78, 28, 92, 40)),
-        ("rectangle", "black", (78, 48, 92, 54)),
-        ("rectangle", "black", (78, 60, 92, 66)),
+        ("rectangle", "own", (2, 16, 98, 84)), ("rectangle", "dark", (8, 22, 72, 78)),
+        ("rectangle", "light", (14, 28, 66, 72)), ("rectangle", "black", (78, 28, 92, 40)),
+        ("rectangle", "black", (78, 48, 92, 54)), ("rectangle", "black", (78, 60, 92, 66)),
     ],
     "oven open": [
-        ("rectangle", "own", (2, 16, 98, 84)),
-        ("rectangle", "black", (8, 22, 72, 78)),
+        ("rectangle", "own", (2, 16, 98, 84)), ("rectangle", "black", (8, 22, 72, 78)),
         ("polygon", "dark", (8, 78, 72, 78, 66, 100, 2, 100)),
-        ("rectangle", "black", (78, 28, 92, 40)),
-        ("rectangle", "black", (78, 48, 92, 54)),
+        ("rectangle", "black", (78, 28, 92, 40)), ("rectangle", "black", (78, 48, 92, 54)),
         ("rectangle", "black", (78, 60, 92, 66)),
     ],
     "lamp": [
-        ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)),
-        ("rectangle", "black", (45, 52, 55, 88)),
+        ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)), ("rectangle", "black", (45, 52, 55, 88)),
         ("rectangle", "black", (24, 86, 76, 96)),
     ],
     "lamp lit": [
-        ("ellipse", "light", (0, 0, 100, 96)),
-        ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)),
-        ("rectangle", "black", (45, 52, 55, 88)),
-        ("rectangle", "black", (24, 86, 76, 96)),
+        ("ellipse", "light", (0, 0, 100, 96)), ("polygon", "own", (28, 6, 72, 6, 94, 52, 6, 52)),
+        ("rectangle", "black", (45, 52, 55, 88)), ("rectangle", "black", (24, 86, 76, 96)),
     ],
     "table": [
-        ("rectangle", "dark", (12, 42, 24, 98)),
-        ("rectangle", "dark", (76, 42, 88, 98)),
+        ("rectangle", "dark", (12, 42, 24, 98)), ("rectangle", "dark", (76, 42, 88, 98)),
         ("rectangle", "own", (2, 28, 98, 46)),
     ],
     "counter": [
-        ("rectangle", "dark", (8, 40, 92, 98)),
-        ("rectangle", "black", (49, 46, 51, 94)),
+        ("rectangle", "dark", (8, 40, 92, 98)), ("rectangle", "black", (49, 46, 51, 94)),
         ("rectangle", "own", (2, 24, 98, 42)),
     ],
     "seat": [
-        ("rectangle", "own", (10, 14, 90, 66)),
-        ("rectangle", "dark", (20, 50, 80, 82)),
-        ("rectangle", "own", (2, 38, 22, 88)),
-        ("rectangle", "own", (78, 38, 98, 88)),
+        ("rectangle", "own", (10, 14, 90, 66)), ("rectangle", "dark", (20, 50, 80, 82)),
+        ("rectangle", "own", (2, 38, 22, 88)), ("rectangle", "own", (78, 38, 98, 88)),
     ],
     "bed": [
-        ("rectangle", "dark", (2, 20, 10, 96)),
-        ("rectangle", "dark", (90, 56, 98, 96)),
-        ("rectangle", "own", (6, 56, 94, 82)),
-        ("ellipse", "light", (12, 42, 44, 64)),
+        ("rectangle", "dark", (2, 20, 10, 96)), ("rectangle", "dark", (90, 56, 98, 96)),
+        ("rectangle", "own", (6, 56, 94, 82)), ("ellipse", "light", (12, 42, 44, 64)),
     ],
     "basin": [
-        ("rectangle", "black", (44, 8, 54, 44)),
-        ("rectangle", "black", (44, 8, 72, 18)),
-        ("polygon", "own", (2, 42, 98, 42, 80, 94, 20, 94)),
-        ("ellipse", "light", (14, 36, 86, 54)),
+        ("rectangle", "black", (44, 8, 54, 44)), ("rectangle", "black", (44, 8, 72, 18)),
+        ("polygon", "own", (2, 42, 98, 42, 80, 94, 20, 94)), ("ellipse", "light", (14, 36, 86, 54)),
     ],
     "shelf": [
-        ("rectangle", "own", (2, 24, 98, 34)),
-        ("rectangle", "own", (2, 56, 98, 66)),
-        ("rectangle", "own", (2, 88, 98, 98)),
-        ("rectangle", "dark", (8, 10, 14, 98)),
+        ("rectangle", "own", (2, 24, 98, 34)), ("rectangle", "own", (2, 56, 98, 66)),
+        ("rectangle", "own", (2, 88, 98, 98)), ("rectangle", "dark", (8, 10, 14, 98)),
         ("rectangle", "dark", (86, 10, 92, 98)),
     ],
     "burner": [
-        ("rectangle", "black", (6, 20, 94, 96)),
-        ("ellipse", "own", (18, 26, 82, 90)),
-        ("ellipse", "black", (32, 40, 68, 76)),
-        ("ellipse", "own", (44, 52, 56, 64)),
+        ("rectangle", "black", (6, 20, 94, 96)), ("ellipse", "own", (18, 26, 82, 90)),
+        ("ellipse", "black", (32, 40, 68, 76)), ("ellipse", "own", (44, 52, 56, 64)),
     ],
     "door": [
-        ("rectangle", "own", (16, 2, 84, 98)),
-        ("rectangle", "dark", (22, 8, 78, 92)),
-        ("rectangle", "own", (26, 12, 74, 88)),
-        ("rectangle", "black", (64, 42, 70, 62)),
+        ("rectangle", "own", (16, 2, 84, 98)), ("rectangle", "dark", (22, 8, 78, 92)),
+        ("rectangle", "own", (26, 12, 74, 88)), ("rectangle", "black", (64, 42, 70, 62)),
     ],
     "door open": [
-        ("rectangle", "own", (16, 2, 84, 98)),
-        ("rectangle", "black", (24, 10, 76, 90)),
+        ("rectangle", "own", (16, 2, 84, 98)), ("rectangle", "black", (24, 10, 76, 90)),
         ("polygon", "dark", (16, 2, 0, 14, 0, 100, 16, 98)),
     ],
     "drawer": [
-        ("rectangle", "own", (4, 14, 96, 90)),
-        ("rectangle", "dark", (12, 24, 88, 80)),
+        ("rectangle", "own", (4, 14, 96, 90)), ("rectangle", "dark", (12, 24, 88, 80)),
         ("rectangle", "black", (38, 46, 62, 56)),
     ],
     "drawer open": [
-        ("rectangle", "own", (4, 4, 96, 60)),
-        ("rectangle", "black", (12, 12, 88, 56)),
+        ("rectangle", "own", (4, 4, 96, 60)), ("rectangle", "black", (12, 12, 88, 56)),
         ("polygon", "dark", (4, 56, 96, 56, 100, 98, 0, 98)),
         ("rectangle", "black", (38, 72, 62, 82)),
     ],

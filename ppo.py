@@ -50,7 +50,8 @@ def compute_gae(rollout, gamma, gae_lambda):
         A_t     = delta_t + gamma * gae_lambda * A_{t+1}   A_{t+1} = 0 after the end of an episode
         R_t     = A_t + V(s_t)
 
-    A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}).
+    A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}). With
+    gae_lambda = 1 the advantage is the discounted return minus V(s_t).
     """
     # A termination ends the future of a state; a truncation does not
     next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
@@ -77,8 +78,10 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
 
     new: logp_cot, logp_action, value and entropy, each (N,), of the policy that is trained, with
     gradients. old: dict of what was stored when the answers were sampled, each (N,): log_prob,
-    value, advantage, return. eps is `clip`, eps_v is `value_clip`. The dict has policy_loss and
-    value_loss, and for the report log_ratio, approx_kl, clipfrac and entropy.
+    value, advantage, return. eps is `clip`, eps_v is `value_clip`.
+
+    The dict has policy_loss and value_loss; log_ratio, by which broken mini-batches are found;
+    approx_kl, which can end an update; and for the report clipfrac and entropy.
     """
     # One ratio for the whole answer, with lambda between its thoughts and its action
     log_prob = action_log_prob(new.logp_cot, new.logp_action, cot_scale)       # (N,)

@@ -144,12 +144,14 @@ TASKS = {
         state=lambda info: f"Task: {info['task']}\n{info['observation']}\n",
     ),
 }
-CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")  # those that need no engine
+
+# The embedded model has one tokenizer for these tasks. A new task needs no entry: it gets its own.
+CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")
 
 # -------------------------------------------------------------------------------------------------
 # The prompt v_in and the demonstrations
 
-STYLES = ("full", "thoughts", "vision", "action", "chatty")
+STYLES = ("full", "thoughts", "vision", "action", "chatty")  # `answer_fields` says what they are
 
 
 def answer_fields(info, style="full"):
@@ -331,6 +333,8 @@ def main():
     if args.seed < 0:
         parser.error(f"--seed {args.seed} is negative")
 
+    if args.env not in env.GAMES:
+        parser.error(f"--env {args.env}: env.py registers no game of this name")
     try:
         game = env.GAMES[args.env]()
     except ValueError as error:  # ALFWorld is not installed

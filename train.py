@@ -1115,13 +1115,17 @@ def settings_of(args):
 def check_tasks(parser, names):
     if not names or not set(names.split(",")) <= set(env.GAMES):
         parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
+    for name in names.split(","):
+        if name not in prompts.TASKS:
+            parser.error(f"--env {name} has no entry in TASKS, in prompts.py")
 
 
 def check(parser, config):
     """End with one line where settings do not fit together."""
-    if config.policy == "cnn" and config.env not in prompts.CARD_TASKS:
-        parser.error("--policy cnn has one fixed list of actions: "
-                     f"--env is one of {', '.join(prompts.CARD_TASKS)}")
+    if config.policy == "cnn":
+        game = env.GAMES.get(config.env)  # None for several tasks
+        if game is None or game.legal_actions is not env.Game.legal_actions:
+            parser.error("--policy cnn plays one task whose actions never change")
     if config.policy == "cnn" and config.kl_coef:
         parser.error("--kl-coef keeps thoughts near those of SFT: --policy cnn has none")
 

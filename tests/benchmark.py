@@ -1,7 +1,7 @@
 """How fast: ours, the paper's schedule, and what the hardware allows, measured in one run.
 
     python tests/benchmark.py                      # the embedded model on this machine
-    python tests/benchmark.py --tricks             # only what the tricks of the fast policy save
+    python tests/benchmark.py --tricks             # only what `FastVLMPolicy` saves
     python tests/benchmark.py --growth FILE        # only how time and memory grow, as a plot
     python tests/benchmark.py --model DIR --env points24 --json benchmark.json
 
@@ -20,7 +20,6 @@ it, for which 24 GB and a quarter of an hour are enough. With `--plan` it prints
 that training expects with several flags, computed without any weights.
 """
 import argparse
-import contextlib
 import copy
 import json
 import resource
@@ -400,47 +399,20 @@ def rates(ours, paper, limit):
 
 
 # -------------------------------------------------------------------------------------------------
-# What each trick of FastVLMPolicy is worth
-
-
-class WithoutEncode(FastVLMPolicy):
-    """Lets the library's processor read every picture and every prompt."""
-
-    encode = VLMPolicy.encode
-
-
-class WithoutMergedProducts(FastVLMPolicy):
-    """Lets a layer with its adapter make three products."""
-
-    def merged(self):
-        return contextlib.nullcontext()
-
-
-class WithoutShortMLP(FastVLMPolicy):
-    """Lets the last MLP compute all tokens."""
-
-    hidden_states = VLMPolicy.hidden_states
-
-
-TRICKS = {
-    "pictures and prompts": WithoutEncode,
-    "merged products": WithoutMergedProducts,
-    "last MLP": WithoutShortMLP,
-    "all three": VLMPolicy,
-}
+# What the tricks of FastVLMPolicy are worth
 
 
 def tricks(config, rounds):
-    """Measure and print what the job would take without each trick; returns a dict.
+    """Measure and print what the job would take with the plain `VLMPolicy`; returns a dict.
 
-    In every phase the variants take turns, and each round compares them with the full policy of
-    the same round: what slows the machine for a while slows all of them.
+    In every phase the two take turns, and each round compares them with each other: what slows the
+    machine for a while slows both.
     """
     work = Work(config)
     expert = evaluate(expert_agent, config.env, episodes=200, label="")
     evaluation_steps = round(2 * config.eval_episodes * expert["episode_length"])  # SFT and RL
 
-    # The job in phases: name -> its number of units, and variant -> seconds a unit in each round
+    # The job in phases: name -> its number of units, and policy -> seconds a unit in each round
     num_units = {
         "SFT": config.sft_steps * config.sft_batch,
         "steps": config.env_steps + evaluation_steps,
@@ -455,56 +427,49 @@ def tricks(config, rounds):
     times["rollouts' ends"] = take_turns(work, rounds, work.end_of_rollout, answers)
     times["updates"] = take_turns(
         work, rounds, work.update, answers[:PPO_SAMPLES], config.microbatch)
+    times["updates"][VLMPolicy] = times["updates"][FastVLMPolicy]  # the same code: only noise
 
-    print(f"What each trick of FastVLMPolicy is worth ({config.model}, {config.env}, "
+    # Seconds of the fast policy, and what the plain one adds: the median of the rounds' ratios
+    fast = {}
+    added = {}        # phase -> seconds, one for each round
+    for phase, policies in times.items():
+        fast[phase] = num_units[phase] * statistics.median(policies[FastVLMPolicy])
+        ratios = np.divide(policies[VLMPolicy], policies[FastVLMPolicy])       # (rounds,)
+        added[phase] = fast[phase] * (ratios - 1)
+    medians = {phase: float(np.median(x)) for phase, x in added.items()}
+    job = sum(fast.values())
+    total = sum(medians.values())
+    low, high = np.percentile(sum(added.values()), [25, 75])
+
+    print(f"What the tricks of FastVLMPolicy are worth ({config.model}, {config.env}, "
           f"{torch.get_num_threads()} threads, {rounds} rounds, {clock()[0]}).")
-    print("Seconds of the job, and what is added to them without a trick; "
+    print("Seconds of the job, and what is added to them without the tricks; "
           "in parentheses the middle half of the rounds.\n")
-    print(f"{'':<29}" + "".join(f"{phase:>15}" for phase in times) + f"{'in all':>10}   of the job")
-    print(f"{'units':<29}" + "".join(f"{count:15,}" for count in num_units.values()))
-
-    # The full policy
-    full = {}
-    for phase in times:
-        full[phase] = num_units[phase] * statistics.median(times[phase]["full"])
-    job = sum(full.values())
-    print(f"{'FastVLMPolicy':<29}" + "".join(f"{taken:15.1f}" for taken in full.values())
-          + f"{job:10.1f}")
-    result = {"job_seconds": full}
-
-    # Without each trick: the median of the rounds' ratios counts
-    for trick in TRICKS:
-        added = {}  # phase -> seconds, one for each round
-        for phase, taken in full.items():
-            ratios = np.divide(times[phase][trick], times[phase]["full"])
-            added[phase] = taken * (ratios - 1)
-        medians = {phase: float(np.median(x)) for phase, x in added.items()}
-        total = sum(medians.values())
-        low, high = np.percentile(sum(added.values()), [25, 75])
-        print(f"{'without ' + trick:<29}" + "".join(f"{x:+15.1f}" for x in medians.values())
-              + f"{total:+10.1f}   {total / job:.1%} ({low / job:.1%} to {high / job:.1%})")
-        result[trick] = medians
-    return {"tricks": result}
+    print(f"{'':<20}" + "".join(f"{phase:>15}" for phase in times) + f"{'in all':>10}   of the job")
+    print(f"{'units':<20}" + "".join(f"{count:15,}" for count in num_units.values()))
+    print(f"{'FastVLMPolicy':<20}" + "".join(f"{x:15.1f}" for x in fast.values()) + f"{job:10.1f}")
+    print(f"{'VLMPolicy adds':<20}" + "".join(f"{x:+15.1f}" for x in medians.values())
+          + f"{total:+10.1f}   {total / job:.1%} ({low / job:.1%} to {high / job:.1%})")
+    return {"fast_seconds": fast, "plain_adds_seconds": medians}
 
 
 def take_turns(work, rounds, function, *args):
-    """Time a piece of work with every variant of the policy, `rounds` times in turns.
+    """Time a piece of work with the fast and the plain policy, `rounds` times in turns.
 
-    Returns a dict: variant -> seconds a unit, one for each round.
+    Returns a dict: class of the policy -> seconds a unit, one for each round.
     """
-    variants = {"full": FastVLMPolicy} | TRICKS
-    times = {name: [] for name in variants}
+    times = {FastVLMPolicy: [], VLMPolicy: []}
     _, now = clock()
     for i in range(rounds + 1):
-        order = list(variants)
+        order = list(times)
         if i % 2:
             order.reverse()
-        for name in order:
-            work.become(variants[name])
+        for policy_class in order:
+            work.become(policy_class)
             work.start_again(seed=i)
             began = now()
             num_units = function(*args)
-            times[name].append((now() - began) / num_units)
+            times[policy_class].append((now() - began) / num_units)
     work.become(FastVLMPolicy)
     return {name: values[1:] for name, values in times.items()}  # the first round warms up
 
@@ -532,16 +497,15 @@ def flops_per_sample(policy, answers):
         adapter   what the gradient of an adapter alone does
 
     A linear layer of m x n weights takes 2 m n a token, a convolution of patches as much a patch.
-    Attention takes 4 T D a token and layer (scores and mixing, T the length), half of it where it
-    is causal. The last MLP and the language head read only the answer's tokens. A and B of rank r
-    take 4 r (m + n) a token: their gradients are two thin products each.
+    An adapter of rank r takes 2 r (m + n) a token. Attention takes 4 T D a token and layer (scores
+    and mixing, T the length), half of it where it is causal. The language head reads only the
+    answer's tokens.
     """
     text = policy.model.config.get_text_config()
     vision = policy.model.config.vision_config
     patches = num_patches(policy)
     prompt = answers[0].inputs["input_ids"].shape[1]
     length = statistics.mean(len(answer.tokens) for answer in answers)
-    last_mlp = f"layers.{text.num_hidden_layers - 1}.mlp"
 
     flops = {"forward": 0.0, "inputs": 0.0, "weights": 0.0, "adapter": 0.0}
     for name, module in policy.model.named_modules():
@@ -549,20 +513,19 @@ def flops_per_sample(policy, answers):
         tokens = prompt + length
         if contains(name, "vision", "projector", "connector"):
             tokens = patches
-        elif contains(name, "lm_head", last_mlp):
+        elif "lm_head" in name:
             tokens = length + 1
 
         is_linear = isinstance(module, torch.nn.Linear)
-        if "lora_A" in name and is_linear:
-            layer = policy.model.get_submodule(name.split(".lora_A")[0])
-            rank = module.out_features
-            flops["adapter"] += 4 * rank * (layer.in_features + layer.out_features) * tokens
-        elif "lora_" not in name and (is_linear or isinstance(module, torch.nn.Conv2d)):
+        if is_linear or isinstance(module, torch.nn.Conv2d):
             layer_flops = 2 * module.weight.numel() * tokens
             flops["forward"] += layer_flops
-            flops["weights"] += layer_flops
             if is_linear:  # nothing lies below the convolution of patches
                 flops["inputs"] += layer_flops
+            if "lora_" in name:
+                flops["adapter"] += layer_flops
+            else:
+                flops["weights"] += layer_flops
 
     attention = text.num_hidden_layers * 2 * (prompt + length) ** 2 * text.hidden_size
     attention += vision.num_hidden_layers * 4 * patches**2 * vision.hidden_size

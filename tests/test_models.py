@@ -298,7 +298,7 @@ def states():
 
 def sampled(policy):
     """Answers of different lengths, so that some are finished long before the others."""
-    policy.forbidden[policy.eos_ids] = 4.0  # makes the end of an answer likely
+    policy.forbidden[policy.eos_ids] = 5.0  # makes the end of an answer likely
     torch.manual_seed(0)
     images, questions, _ = states()
     answers = policy.act(images, questions)
