@@ -1,5 +1,4 @@
 """ALFWorld: rooms, expert, rewards, pictures that hide what is not seen, data set, engine."""
-import importlib.util
 import json
 import os
 import re
@@ -14,9 +13,6 @@ import pytest
 import env
 import prompts
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("alfworld") is None, reason="the packages of ALFWorld are missing"
-)
 KINDS = list(env.ALFRED_TASKS)
 ROOT = Path(env.__file__).parent
 

@@ -1,5 +1,4 @@
 """The games: Gymnasium's own checks, seeds, and rules against a second implementation."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import env
 import eval as eval_module
 
 ROOT = Path(env.__file__).parent
-GAMES = [name for name in env.GAMES if name != "alfworld" or importlib.util.find_spec("alfworld")]
+GAMES = list(env.GAMES)
 
 
 def python(*arguments, stdin="", **variables):
