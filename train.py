@@ -544,7 +544,7 @@ def reinforce(policy, config, run):
     progress.close()
 
 
-def example_states(policy, config, num_states=512):
+def example_states(policy, config):
     """Inputs of the model for many states: what the value head is standardised with.
 
     They come from games in which half of the actions are random, before the first rollout, whose
@@ -553,7 +553,7 @@ def example_states(policy, config, num_states=512):
     rng = np.random.default_rng(process_seed(config))
     games = make_games("sft", config.num_envs // world_size(), config)
     inputs = []
-    while len(inputs) < num_states:
+    while len(inputs) < config.rollout_steps:  # as many as a rollout has
         questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
         inputs += policy.encode(games.images, questions)
         actions = []

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import env  # noqa: E402
 from eval import natural_int  # noqa: E402
 from prompts import action_start, parse_action  # noqa: E402
-from test_env import RULES, check_rules  # noqa: E402
+from test_env import RULES, blind_points24, check_rules  # noqa: E402
 
 
 def main():
@@ -42,11 +42,19 @@ def main():
     passed = True
     if args.steps:
         rules(args.steps)
+        passed &= blind()
     if args.strings:
         passed &= strings(args.strings)
     if args.kills:
         passed &= kills(args.kills)
     sys.exit(0 if passed else 1)
+
+
+def blind():
+    """The success rate of Points24 without looking, computed again: half a minute."""
+    rate = blind_points24(brackets=2)
+    print(f"Points24 without looking: {rate:.2%}, in the table {env.BLIND['points24']:.2%}")
+    return rate == env.BLIND["points24"]
 
 
 def rules(count):

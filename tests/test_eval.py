@@ -235,7 +235,9 @@ def test_a_figure_has_a_panel_for_each_task_and_lines_for_other_policies():
     assert one["curve"] == [[16, None], [32, 0.5]] and one["RL"]["success_rate"] == 0.5
     figure = evaluation.plot({"blackjack, lr 1": [one, one], "blackjack, lr 2": [one], "numberline": [other]})
     labels = [[line.get_label() for line in axes.get_lines()] for axes in figure.axes]
-    assert labels == [["lr 1", "lr 2", "random 40.0%", "best possible 43.16%"], ["numberline"]]
+    assert labels == [
+        ["lr 1", "lr 2", "random 40.0%", "best possible 43.16%", "best without looking 38.07%"],
+        ["numberline", "best possible 100.00%", "best without looking 50.00%"]]
 
 
 # -- the command line ---------------------------------------------------------------------------------
