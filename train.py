@@ -1026,8 +1026,12 @@ def memory_plan(policy, config):
     head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
     cache = tokens * (2 * layers * heads * head_size + 36 * width)
 
+    weights = model.get_memory_footprint()
+    if policy.head is not model.get_output_embeddings():  # its float32 copy
+        weights += policy.head.weight.nbytes
+
     parts = {
-        "weights": model.get_memory_footprint(),
+        "weights": weights,
         "adapter and optimiser": 16 * trained,
         "KV cache and prompts": num_envs * cache * bytes_per_value,
         "activations": microbatch * (activations * bytes_per_value + logits),
