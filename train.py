@@ -638,6 +638,8 @@ def assess(name, policy, config, run):
             agent = random_agent(rng)
         if name == "expert":
             agent = expert_agent
+
+        # Play, and write the result; a signal stops the run between two evaluations
         result = evaluate(
             agent, task, config.eval_episodes, config.seed, config.num_envs, config.obs,
             label=f"evaluating {name}")
@@ -679,8 +681,7 @@ SFT_VERSION = 1  # to be raised when SFT, the demonstrations or the embedded mod
 
 
 def sft_cache(config, out):
-    """The folder that keeps SFT weights for other runs; named by every setting that they depend
-    on."""
+    """The folder that keeps SFT weights for other runs, named by all that they depend on."""
     names = [
         "env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize",
         "sft_steps", "sft_batch", "sft_lora", "sft_lr", "sft_restart", "demo_noise",
@@ -688,12 +689,15 @@ def sft_cache(config, out):
     if config.sft_lora:
         names += ["lora_rank", "lora_alpha"]
     settings = {name: getattr(config, name) for name in names}
+
+    # What is no setting, but changes the weights as well
     settings["base"] = model_identity(config.model)
     settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
     if "alfworld" in config.env:
         settings["engine"] = config.alfworld
         settings["data"] = os.environ.get("ALFWORLD_DATA")
+
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return out.parent / "sft-cache" / f"{config.env}-{digest}"
 
@@ -880,6 +884,8 @@ class Run:
         if len(states) != world_size():
             raise Refused(f"the run had {len(states)} processes, not {world_size()}")
         state = states[rank()]
+
+        # Sort the tensors: weights of the policy, and the optimiser's moments of each parameter
         moments = {}
         weights = {}
         for key, x in load_file(self.checkpoint_file).items():
@@ -889,6 +895,7 @@ class Run:
                 moments.setdefault(int(index), {})[name] = x
             else:
                 weights[name] = x
+
         policy.load_state_dict(weights, strict=False)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
