@@ -145,7 +145,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     old = {
         "log_prob": action_log_prob(rollout.logp_cot, rollout.logp_action, cot_scale),
         "value": rollout.values,
-        "advantage": normalise(advantages),    # over the rollout: a mini-batch has too few steps
+        "advantage": normalise(advantages, returns),
         "return": returns,
     }
     if config.kl_coef:
@@ -195,15 +195,19 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     return report.means() | {"explained_variance": explained_variance(rollout.values, returns)}
 
 
-def normalise(advantages):
+def normalise(advantages, returns):
     """Advantages (T, N) divided by their root mean square over the rollout of all processes.
 
-    The mean is not subtracted. The advantages of a policy that wins already are small, and mostly
-    of one sign. Centred, half of its good steps would look bad, and be pushed down.
+    The mean is not subtracted: the advantages of a policy that wins already are small and mostly
+    of one sign, and centred, half of its good steps would be pushed down. And the divisor is at
+    least a tenth of the returns' root mean square: once the value function is right, advantages
+    are small errors of its own, which must not be blown up.
     """
     all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
-    root_mean_square = all_advantages.pow(2).mean().sqrt()
-    return advantages / (root_mean_square + 1e-8)
+    all_returns = torch.stack(gather(returns))
+    size = all_advantages.pow(2).mean().sqrt()
+    smallest_size = 0.1 * all_returns.pow(2).mean().sqrt()
+    return advantages / (torch.max(size, smallest_size) + 1e-8)
 
 
 def shuffled_minibatches(num_steps, size, epochs):

@@ -277,8 +277,15 @@ def test_the_loss_by_hand():
 
 def test_good_steps_stay_good_when_advantages_are_normalised():
     """A policy that wins has small advantages of one sign; none may change its sign."""
-    advantages = torch.tensor([[0.01, 0.02], [0.05, 0.04]])
-    normalised = normalise(advantages)
+    advantages = torch.tensor([[0.1, 0.2], [0.5, 0.4]])
+    normalised = normalise(advantages, torch.ones(2, 2))
     assert (normalised > 0).all() and normalised.pow(2).mean() == pytest.approx(1)
-    assert torch.isfinite(normalise(torch.zeros(2, 2))).all()
-    assert torch.isfinite(normalise(torch.ones(1, 1))).all()  # a rollout of one step
+    assert torch.isfinite(normalise(torch.zeros(2, 2), torch.zeros(2, 2))).all()
+    assert torch.isfinite(normalise(torch.ones(1, 1), torch.ones(1, 1))).all()  # one step
+
+
+def test_small_errors_of_a_right_value_function_are_not_blown_up():
+    errors = torch.tensor([[0.01, -0.01], [0.01, -0.01]])
+    assert normalise(errors, torch.ones(2, 2)).abs().max() == pytest.approx(0.1)
+    # in the task's own units: ten times the returns, ten times the errors
+    assert normalise(10 * errors, 10 * torch.ones(2, 2)).abs().max() == pytest.approx(0.1)
