@@ -639,3 +639,23 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_asked_for(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match="the stranger ran"):
         load_model(str(tmp_path), trust_remote_code=True)
+
+
+def test_a_model_is_known_by_its_weights(checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints("llava"), folder)
+    before = policy_module.model_identity(str(folder))
+    assert before == policy_module.model_identity(str(checkpoints("llava")))
+
+    # The same names, shapes and sizes with other numbers are another model
+    file = folder / "model.safetensors"
+    weights = {name: x + 1 for name, x in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    assert policy_module.model_identity(str(folder)) != before
+
+
+def test_a_folder_is_found_from_any_directory(checkpoints, tmp_path, monkeypatch):
+    folder = checkpoints("llava")
+    monkeypatch.chdir(folder.parent)
+    config, _ = train.configure(["--env", "blackjack", "--model", folder.name])
+    assert config.model == str(folder.resolve())
