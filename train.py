@@ -691,7 +691,7 @@ def sft_cache(config, out):
     settings = {name: getattr(config, name) for name in names}
 
     # What is no setting, but changes the weights as well
-    settings["base"] = model_identity(config.model)
+    settings["base"] = getattr(config, "base", None)  # `model_identity`; a CNN has none
     settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
     if "alfworld" in config.env:
