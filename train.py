@@ -640,8 +640,9 @@ def assess(name, policy, config, run):
             agent = expert_agent
 
         # Play, and write the result; a signal stops the run between two evaluations
+        num_envs = config.num_envs // world_size()  # as many at a time as in a rollout
         result = evaluate(
-            agent, task, config.eval_episodes, config.seed, config.num_envs, config.obs,
+            agent, task, config.eval_episodes, config.seed, num_envs, config.obs,
             label=f"evaluating {name}")
         run.log(stage="eval", policy=name, env=task, **result)
         if run.signal:
@@ -1007,9 +1008,10 @@ def memory_plan(policy, config):
     inputs = policy.encode(games.images, questions)
     tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
 
-    # What this process does at a time
+    # What this process does at a time; no piece is larger than the batch that it is cut from
     num_envs = config.num_envs // world_size()
-    microbatch = min(config.microbatch, config.minibatch // world_size())
+    largest_batch = max(config.minibatch, config.sft_batch) // world_size()
+    microbatch = min(config.microbatch, largest_batch)
 
     # What is trained: float32 weights, gradients, and two moments of Adam
     trained = config.lora_rank * sum(m.in_features + m.out_features for m in linear)

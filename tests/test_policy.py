@@ -215,3 +215,21 @@ def test_the_action_begins_right_where_a_prefix_is_longer_than_the_whole(plain):
     head = plain.decode(answer.tokens[:answer.num_cot_tokens].tolist())
     assert answer.text == text and head.endswith("\U0001f0a1\", ") or head.endswith("\U0001f0a1")
     assert '"action"' not in head
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence():
+    model, processor = load_model("tiny")
+    processor.tokenizer.pad_token = None
+    policy = VLMPolicy(model, processor, max_new_tokens=12)
+    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id
+
+    # Padding never counts: a short answer beside a long one has the scores that it has alone
+    pictures, texts, _ = states("blackjack", 2)
+    answers = policy.demonstrate(pictures, texts, ['"action": "hit"', '{"thoughts": "none", "action": "hit"}'])
+    together = policy.evaluate(answers)
+    for i, answer in enumerate(answers):
+        alone = policy.evaluate([answer])
+        torch.testing.assert_close(together.logp_action[i], alone.logp_action[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.logp_cot[i], alone.logp_cot[0], atol=1e-4, rtol=1e-4)
+    sampled = policy.act(pictures, texts)
+    assert all(answer.tokens.tolist().count(policy.tokenizer.eos_token_id) <= 1 for answer in sampled)

@@ -374,3 +374,22 @@ def test_a_run_of_a_device_that_is_not_here_goes_on_elsewhere(tmp_path, capsys, 
     assert "--device cpu" in error_line(capsys, "--resume", tmp_path / "run")
     train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
     assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_the_memory_plan_knows_processes_and_that_no_piece_exceeds_its_batch(monkeypatch):
+    config, _ = train.configure(["--env", "blackjack"])
+    policy = train.build_policy(config)
+
+    def parts(processes=1, **settings):
+        monkeypatch.setattr(train, "world_size", lambda: processes)
+        return train.memory_plan(policy, Namespace(**vars(config) | settings))[1]
+
+    alone = parts(num_envs=64, minibatch=64, sft_batch=32, microbatch=64)
+    four = parts(4, num_envs=64, minibatch=64, sft_batch=32, microbatch=64)
+    assert four["weights"] == alone["weights"]
+    assert four["KV cache and prompts"] == pytest.approx(alone["KV cache and prompts"] / 4)
+    assert four["activations"] == pytest.approx(alone["activations"] / 4)
+
+    # A piece of 1,000 cannot be cut from batches of 64 and 128
+    cut = parts(minibatch=64, sft_batch=128, microbatch=1000)
+    assert cut["activations"] == pytest.approx(2 * alone["activations"])
