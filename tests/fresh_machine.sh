@@ -65,6 +65,7 @@ make_system() {
             "$system" "$root"
         echo 'APT::Get::Assume-Yes "true";' > "$root/etc/apt/apt.conf.d/yes"
         cp -r /usr/local/share/ca-certificates "$root/usr/local/share/"
+        printf '127.0.0.1 %s\n' localhost "$(hostname)" > "$root/etc/hosts"  # Debian's installer does
     fi
     cp -r "$scratch/clone" "$root/repository"
     if [[ $system != python ]]; then
