@@ -105,7 +105,7 @@ class Game(gym.Env):
         return list(self.actions)
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
+        super().reset(seed=seed)  # makes self.np_random from the seed, if there is one
         self.over = False
         self.episode_return = 0.0
 
@@ -249,7 +249,10 @@ class BlackjackEnv(Game):
 
 
 def random_cards(rng, count):
-    """Draw `count` cards, such as "AS" or "JH", from an infinite deck: a 10 shows as J, Q or K."""
+    """Draw `count` cards, such as "AS" or "JH", from an infinite deck.
+
+    By the authors' rule no card shows 10: in its place comes J, Q or K, which count the same.
+    """
     ranks = rng.integers(0, 13, count)
     for i, rank in enumerate(ranks):
         if CARD_RANKS[rank] == "10":
@@ -507,8 +510,8 @@ class Games:
     """N games that step together, by Gymnasium's vector API. A game that ends begins a new episode.
 
     name: a task, or several with commas between them; game i plays task i modulo their number.
-    num_envs: N. seeds: an iterator, such as episode_seeds(...), of which each game's first episode
-    takes one; or an int, for seeds from there on.
+    num_envs: N. seeds: an iterator, such as episode_seeds(...): each game takes one seed for its
+    first episode. An int n means the seeds n, n + 1, ...
     evaluation: play the episodes that are kept for evaluation.
     first, total: if several processes share the games, the number of this process's first game,
     and how many they have together.
@@ -547,7 +550,8 @@ class Games:
     def step(self, actions, seeds=None, restart=False):
         """Play one text action in each game, then begin new episodes where one ended.
 
-        seeds: an iterator; each new episode takes the next seed (None: no game is seeded again).
+        seeds: an iterator; each new episode takes the next seed. None: it goes on with the chance
+        of its game.
         restart: (N,) bool, games that begin a new episode before theirs has ended.
 
         Returns a dict of what the step gave, before any new episode: `rewards`, `terminated`,
@@ -593,7 +597,8 @@ class Games:
 def split_info(infos):
     """Turn the vector's dict of arrays into a list of N dicts.
 
-    Gymnasium gives an array (N,) for each key, and under "_key" which games have this key.
+    Gymnasium gives an array (N,) for each key, and under "_key" which games have this key:
+    {"player_total": [16, 0], "_player_total": [True, False], ...} if only the first has it.
     """
     split = [{} for _ in infos["_env"]]
     for key, values in infos.items():
@@ -632,7 +637,8 @@ def check_saved(game, attributes):
     if isinstance(game.saved, str):
         raise TypeError(f"{class_name}.saved is a text, not a tuple: write ({game.saved!r},)")
 
-    # Everything that deal() sets must be saved, except names with "_" in front and those of Game
+    # Everything that deal() sets must be saved, except names with "_" in front and attributes that
+    # the class Game has, such as `marks`
     for name, value in vars(game).items():
         is_set = name not in attributes or attributes[name] is not value
         is_exempt = name.startswith("_") or hasattr(Game, name)
@@ -713,7 +719,8 @@ def font(pixels):
 
 @lru_cache(maxsize=4096)
 def text_mask(text, pixels, max_width, bold):
-    """A text as a grey picture of its own size, to paste a colour through."""
+    """A text in white on black, as a picture of its size. `draw_text` puts a colour where it is
+    white."""
     width = font(pixels).getlength(text)
     if width > max_width:
         pixels = max(8, int(pixels * max_width / width))
@@ -741,9 +748,10 @@ def draw_marks(picture, marks):
 
 
 def draw_shape(draw, shape, x, y, scale, colors):
-    """Draw a shape of the tables with its grid's corner at (x, y), `scale` pixels a unit.
+    """Draw a shape with the corner of its grid at (x, y), `scale` pixels a unit.
 
-    colors: from a colour's name in the table, such as "own", to the colour.
+    shape: a list of (form, name of a colour, (x1, y1, x2, y2, ...)) from the tables at the end.
+    colors: a dict, name of a colour such as "own" -> the colour.
     """
     functions = {"ellipse": draw.ellipse, "rectangle": draw.rectangle, "polygon": draw.polygon}
     for form, color, coordinates in shape:
@@ -765,8 +773,8 @@ def card_picture(card, width):
     h = width * scale * 3 // 2
     picture = Image.new("RGBA", (w, h))
     draw = ImageDraw.Draw(picture)
-    outline = [scale, scale, w - scale, h - scale]
-    draw.rounded_rectangle(outline, w // 10, "white", "#555555", scale)
+    edge = [scale, scale, w - scale, h - scale]
+    draw.rounded_rectangle(edge, radius=w // 10, fill="white", outline="#555555", width=scale)
 
     if card == FACE_DOWN:
         back = card_back(w, h, scale)
@@ -795,7 +803,7 @@ def draw_card_face(draw, card, w, stroke):
         position = (x * w, 0.45 * w)
         draw.text(position, digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=stroke)
 
-    radius = 0.26 * w  # half the suit's width, of 100 units
+    radius = 0.26 * w  # half the suit's width; it has 100 units in the table
     left = w / 2 - radius
     top = 1.12 * w - radius
     draw_shape(draw, SUIT_SHAPES[suit], left, top, radius / 100, {"own": color})
@@ -805,7 +813,7 @@ def card_back(w, h, scale):
     """The pattern on a card's back: crossing lines."""
     back = Image.new("RGBA", (w, h), "#28518f")
     draw = ImageDraw.Draw(back)
-    for x in range(-h, w, w // 6):
+    for x in range(-h, w, w // 6):  # they lean by 45 degrees, so the first begin left of the card
         draw.line([(x, 0), (x + h, h)], "#86abdf", 2 * scale)
         draw.line([(x + h, 0), (x, h)], "#86abdf", 2 * scale)
     return back
@@ -852,9 +860,9 @@ def dealer_totals(hard, has_ace):
 def blackjack_values(hard, has_ace, dealer, loss=-1.0):
     """Values of (standing, hitting) if the best play follows.
 
-    hard, has_ace: as in `hand_total`; dealer: the number on the dealer's open card, 1 to 10.
-    A win counts 1, a draw 0, a loss `loss`: with -1 a value is the expected return, with 0 the
-    probability of a win.
+    hard: the hand's total with aces as 1; has_ace: whether it has one; dealer: the number on the
+    dealer's open card, 1 to 10. A win counts 1, a draw 0, a loss `loss`: with -1 a value is the
+    expected return, with 0 the probability of a win.
     """
     # Stand: compare the total with each total that the dealer may reach
     total = hand_total(hard, has_ace)
@@ -881,13 +889,15 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
 # The best success rates without a look at the picture: what a policy must exceed to show that it
 # looks
 
-# All are computed; tests/test_env.py computes them again.
+# All are computed; tests/test_env.py computes them again. The prompt tells the formula so far, so a
+# player may read that without looking. A blank in it tells that a number is on no card.
 # numberline   always "+": no fixed probability of "+" is better
 # blackjack    always "stand": to hit once, or twice, and then to stand is worse
-# ezpoints     the best play that reads the formula so far, whose blanks tell what is not on a card
-# points24     the best such play that tries the numbers from 10 down to 1, with at most two pairs
-#              of brackets. In another order it may be better. The best formula that is chosen
-#              before the game, "10+10+10-6", is right in 0.90 % of the deals.
+# ezpoints     the best play of all that read the formula
+# points24     a lower bound. This player offers the numbers from 10 down to 1, and writes the best
+#              formula of what was taken, with at most two pairs of brackets. Other orders were not
+#              tried. The best formula that is chosen before the game, "10+10+10-6", is right in
+#              0.90 % of the deals.
 BLIND = {
     "numberline": 0.5,
     "blackjack": 0.3807,
@@ -898,6 +908,9 @@ BLIND = {
 # --------------------------------------------------------------------------------------------------
 # Formulas: their exact value, and the solver
 
+# `solve` asks `shortest_formula`, and this asks `shortest_rest`, a search that goes on entry by
+# entry. `ways_on` says what may come next. A bracket comes as a whole, from `operands`, which
+# chooses among all `expressions` of some numbers.
 MAX_ENTRIES = 64  # more than any game allows; a longer formula is refused before it costs time
 OPERATORS = {
     "+": operator.add,
@@ -946,16 +959,16 @@ def tree_value(node):
         return None
     if isinstance(node.op, ast.Div) and right == 0:
         return None
-    return SYNTAX[type(node.op)](left, right)
+    return SYNTAX[type(node.op)](left, right)  # no "**" or "//": entries stand apart in the text
 
 
 def solve(numbers, target, formula=(), max_entries=MAX_ENTRIES):
     """The shortest formula over all of `numbers` that equals `target` and begins with `formula`.
 
-    Returns a tuple of entries, or None if there is none of at most `max_entries`. The blanks of
-    `formula` are among its first entries, and take their places.
+    Returns a tuple of entries, or None if there is none of at most `max_entries`. It begins with
+    `formula`, blanks included; a blank counts as an entry.
     """
-    if len(formula) > max_entries:
+    if len(formula) > max_entries:  # too long already: no search
         return None
     written = tuple(entry for entry in formula if entry != BLANK)
     solution = shortest_formula(tuple(sorted(numbers)), target, written)
@@ -972,7 +985,8 @@ def shortest_formula(numbers, target, beginning):
 
     Of several that are equally short, it is the first in the order of Python's tuples.
     """
-    # The best formula with a shorter beginning is still the best if it goes on in this way
+    # Was the best formula before the last entry one that goes on with this entry? Then it is still
+    # the best.
     if beginning:
         earlier = shortest_formula(numbers, target, beginning[:-1])
         if earlier is None or earlier[:len(beginning)] == beginning:
@@ -981,14 +995,16 @@ def shortest_formula(numbers, target, beginning):
     state = read_beginning(beginning, numbers)
     if state is None:
         return None
-    rest = shortest_rest(*state, target, {})
+    levels, numbers_left = state
+    rest = shortest_rest(levels, numbers_left, target, found={})
     return None if rest is None else beginning + rest
 
 
 # What is written so far is kept as levels: the formula's own, then one for each open bracket. A
 # level is (sum of its finished terms, value of its last term, the sign that waits for an operand).
-# The sign is "" after an operand. Floats are exact enough: with four cards a value is 24, or it
-# differs from 24 by 1/1000 or more.
+# "2+3*" is the level (2, 3, "*"). After an operand the sign is "". An empty level is as if "0+"
+# stood there, so that the first operand is added. Floats are exact enough: with four cards a value
+# is 24, or it differs from 24 by 1/1000 or more (no denominator is above 10 * 10 * 10).
 EMPTY_LEVEL = (0.0, 0.0, "+")
 
 
@@ -1022,8 +1038,9 @@ def read_beginning(entries, numbers):
         elif entry in OPERATORS and not needs_operand:
             levels[-1] = (total, term, entry)
         elif entry == ")" and not needs_operand and len(levels) > 1:
+            bracket = total + term
             levels.pop()
-            levels[-1] = put_operand(levels[-1], total + term)
+            levels[-1] = put_operand(levels[-1], bracket)
         else:
             return None
 
@@ -1033,10 +1050,10 @@ def read_beginning(entries, numbers):
 
 
 def shortest_rest(levels, numbers, target, found):
-    """The shortest entries that use all of `numbers` and make the value `target`, or None.
+    """The fewest entries that use all of `numbers` and make the value `target`, or None.
 
-    A search over all that may follow. found: its results, (levels, numbers) -> entries, to begin
-    with an empty dict.
+    A search over all that may follow. found: a dict of its results so far, (levels, numbers) ->
+    entries; it is dropped when the search ends.
     """
     # The formula is complete
     total, term, sign = levels[-1]
@@ -1047,8 +1064,8 @@ def shortest_rest(levels, numbers, target, found):
     if (levels, numbers) in found:
         return found[levels, numbers]
 
-    # Try each way to go on, unless it is already too long: each number that is left needs a sign
-    # (one of them may be there), and each open bracket must be closed
+    # Try each way to go on, unless it must become too long: n numbers need n signs, or n - 1 if
+    # one is written already, so they take 2 n - 1 entries or more. Open brackets must be closed.
     best = None
     for entries, next_levels, left in ways_on(levels, numbers):
         open_brackets = len(next_levels) - 1
@@ -1065,7 +1082,10 @@ def shortest_rest(levels, numbers, target, found):
 
 
 def ways_on(levels, numbers):
-    """Yield all that may follow, as (entries, levels after them, numbers left after them)."""
+    """Yield all that may follow, as (entries, levels after them, numbers left after them).
+
+    A bracket comes as a whole. So the only open ones are those of the formula's beginning.
+    """
     outer = levels[:-1]
     level = levels[-1]
     total, term, sign = level
@@ -1073,8 +1093,9 @@ def ways_on(levels, numbers):
     # An operand: a number, or some of the numbers in brackets
     if sign:
         for some, left in splits(numbers):
+            # On an empty level, a bracket that takes all numbers changes nothing: skip it
             if level == EMPTY_LEVEL and not left and len(some) > 1:
-                continue  # brackets around all that stands there are of no use
+                continue
             for value, entries in operands(some):
                 next_level = put_operand(level, value)
                 if next_level is not None:
@@ -1084,7 +1105,8 @@ def ways_on(levels, numbers):
     # An operator, or a closing bracket
     if numbers:
         for next_sign in OPERATORS:
-            yield (next_sign,), (*outer, (total, term, next_sign)), numbers
+            next_level = (total, term, next_sign)
+            yield (next_sign,), (*outer, next_level), numbers
     if outer:
         next_level = put_operand(outer[-1], total + term)
         if next_level is not None:
@@ -1104,7 +1126,7 @@ def splits(numbers):
         for picked in itertools.combinations(indices, size):
             left = tuple(numbers[i] for i in indices if i not in picked)
             ways.add((tuple(numbers[i] for i in picked), left))
-    return sorted(ways, key=lambda way: len(way[0]))  # short operands first
+    return sorted(ways, key=lambda way: len(way[0]))  # short operands first: they cut the search
 
 
 @cache
@@ -1115,7 +1137,7 @@ def operands(numbers):
     """
     shortest = {}
     for value, precedence, entries in distinct_expressions(numbers):
-        if precedence < 3:
+        if precedence < 3:  # it is not a single number
             entries = ("(", *entries, ")")
         key = round(value, 9)
         if key not in shortest or length_then_order(entries) < length_then_order(shortest[key]):
@@ -1126,6 +1148,7 @@ def operands(numbers):
 def expressions(numbers):
     """Yield all formulas over the sorted tuple `numbers`, as (value, precedence, entries).
 
+    It calls itself for parts of the numbers, through `distinct_expressions`, which keeps results.
     value: a float. precedence: 1 for a sum, 2 for a product, 3 for a single number.
     """
     if len(numbers) == 1:
@@ -1174,6 +1197,10 @@ def joined(left, right):
 # --------------------------------------------------------------------------------------------------
 # ALFWorld: a fifth game, for those who have installed its packages
 
+# ALFRED is the data set from which ALFWorld is made. PDDL is the language of its problems: objects,
+# facts that hold at first, actions, a goal. Its engine, textworld, hands a problem to the planner
+# Fast Downward, which *grounds* it: it writes out each rule for all objects (the form is called
+# SAS). The engine's words come from a grammar.
 ALFRED_TASKS = {  # type of task -> its name in ALFWorld
     "pick": "pick_and_place_simple",
     "light": "look_at_obj_in_light",
@@ -1209,7 +1236,8 @@ class ALFWorldEnv(Game):
     split: "train", or "unseen" with other rooms. If the environment variable ALFWORLD_DATA is set,
     the games are those of ALFWorld's data set (also "seen"). Else they are made from seeds and kept
     in the user's cache. In "train" all types of tasks come equally often. The other splits are for
-    evaluation: seeds that follow each other play one game after the other, each once, then again.
+    evaluation: seeds n, n + 1, ... play one game each, in a fixed order; behind the last comes the
+    first again.
 
     The legal actions are all that the engine admits. An index beyond them plays nothing: as in the
     engine, nothing happens, and the step counts.
@@ -1237,10 +1265,11 @@ class ALFWorldEnv(Game):
         if split not in splits:
             condition = "" if data else " (without ALFWORLD_DATA)"
             raise ValueError(f"split {split!r} is not one of {', '.join(splits)}{condition}")
-        with ENGINE_LOCK:
+        with ENGINE_LOCK:  # all games share one engine: one thread at a time
             alfworld_engine()  # raises ValueError if the packages are missing
 
-        # The names of all games: a list for each type of task, and one in turn for evaluation
+        # self.names: a list of games for each type of task. self.in_turn: one list of all games, in
+        # the order of evaluation.
         self.split = split
         self.data = None
         if data:
@@ -1258,7 +1287,7 @@ class ALFWorldEnv(Game):
     def reset(self, *, seed=None, options=None):
         self._number = None  # the episode's number among those of its stream
         if seed is not None:
-            self._number = seed % STREAM_LENGTH
+            self._number = seed % STREAM_LENGTH  # a stream begins at a multiple of it
         return super().reset(seed=seed, options=options)
 
     def deal(self):
@@ -1279,7 +1308,8 @@ class ALFWorldEnv(Game):
 
     def _is_solvable(self, name):
         """A few games of the data set cannot be solved, and their files say so."""
-        return self._load(name)[0].get("solvable", True)
+        game, _ = self._load(name)
+        return game.get("solvable", True)
 
     def _load(self, name):
         if self.data:
@@ -1337,7 +1367,11 @@ class ALFWorldEnv(Game):
         """ALFRED's goal-condition success rate: the share of the conditions that hold, 0 to 1."""
         objects = [*self._receptacle_of, self._carried]
         targets = [o for o in objects if kind_of(o) == self._target]
-        placed = [o for o in targets if kind_of(self._receptacle_of.get(o, "")) == self._goal]
+        placed = []
+        for o in targets:
+            receptacle = self._receptacle_of.get(o, "")  # "" if it is carried
+            if kind_of(receptacle) == self._goal:
+                placed.append(o)
 
         # Two conditions: the object is carried, and a lamp in front of the agent is lit
         if self._task_type == "light":
@@ -1360,8 +1394,12 @@ class ALFWorldEnv(Game):
     # -- the engine's state
 
     def _begin(self, game, trajectory):
-        """Begin a game, from the contents of its files game.tw-pddl and traj_data.json."""
-        # Read the task
+        """Begin a game, from the contents of its two files.
+
+        game: of game.tw-pddl, with the problem in PDDL and the grammar. trajectory: of
+        traj_data.json, with the task.
+        """
+        # Read the task; in the grammar it ends with a quotation mark, often after a full stop
         goal = trajectory["pddl_params"]
         self._task = re.search(r'Your task is to: (.*?)\.?"', game["grammar"])[1]
         for task_type, alfred_name in ALFRED_TASKS.items():
@@ -1372,8 +1410,9 @@ class ALFWorldEnv(Game):
         if self._task_type == "light":
             self._goal = goal["toggle_target"].lower()
 
-        # Load the game. Its grammar differs from others only in the task, which nobody asks the
-        # engine for. Without the task all games share one grammar, which takes 50 ms to load.
+        # Load the game. Loading a grammar takes 50 ms, so `speed_up_textworld` keeps those that
+        # were loaded. Grammars differ only in the task, which was read above. Without it all games
+        # have the same grammar. If the game's file has its grounded form, GROUNDED passes it on.
         sentence = "Your task is to: "
         grammar = game["grammar"].replace(sentence + self._task, sentence + "UNKNOWN GOAL")
         GROUNDED.clear()
@@ -1401,12 +1440,15 @@ class ALFWorldEnv(Game):
         state = self._state
         action = self._commands[command]
 
-        # All games share one engine: bring it to this game's state first
+        # All games share one engine: bring it to this game's state first. Load the grounded
+        # problem, then play again what was played. The engine writes each action's effects into an
+        # array of C, which is not needed here.
         engine = state.downward_lib
         engine.load_sas(state.sas.encode())
         atom_type = alfworld_engine().Atom
         for number, num_effects in self._operators:
-            engine.apply_operator(number, (atom_type * num_effects)())
+            effects = (atom_type * num_effects)()
+            engine.apply_operator(number, effects)
 
         # Play the command
         num_effects = state._operators[action.id].nb_effect_atoms
@@ -1419,7 +1461,7 @@ class ALFWorldEnv(Game):
 
         feedback_rule: the grammar's rule for its words; mapping: placeholder -> thing.
         """
-        # What the engine says
+        # What the engine says: a text of the grammar, whose rules use these five names
         things = {placeholder.name: self._entities[v.name] for placeholder, v in mapping.items()}
         self._observation = self._state._logic.grammar.derive(feedback_rule, {
             "state": self._state,
@@ -1434,14 +1476,15 @@ class ALFWorldEnv(Game):
             if thing.type == "receptacle":
                 self._place = thing.name
 
-        # What is true, as tuples such as ("inreceptacle", "mug 1", "desk 2")
+        # What is true, as tuples such as ("inreceptacle", "mug 1", "desk 2"). Arguments that are no
+        # things, such as locations, are left out.
         self._facts = set()
         for fact in self._state.facts:
             entities = [self._entities[v.name] for v in fact.arguments if v.name in self._entities]
             self._facts.add((fact.name, *(entity.name.strip() for entity in entities)))
         pairs = [names for fact, *names in self._facts if fact == "inreceptacle"]
         self._receptacle_of = dict(sorted(pairs))
-        held = [names[1] for fact, *names in self._facts if fact == "holds"]
+        held = [names[1] for fact, *names in self._facts if fact == "holds"]  # agent, object
         self._carried = held[0] if held else ""
         self._won = bool(self._state.check_goal())
         if self._place and not self._shut(self._place):
@@ -1505,8 +1548,9 @@ class ALFWorldEnv(Game):
             options = [r for r in self._receptacles if self._fits(r, carried)]
             if not options:
                 return aim, ""
-            nearest = min(options, key=lambda r: (r != self._place, r not in self._seen, r))
-            return aim, self._go_and(nearest, f"move {carried} to {nearest}")
+            # First the place itself, then places that were seen (False sorts before True)
+            best = min(options, key=lambda r: (r != self._place, r not in self._seen, r))
+            return aim, self._go_and(best, f"move {carried} to {best}")
 
         # 2. It carries the object that a lamp must shine on: go to the lamp, or look for one
         if carried and self._task_type == "light":
@@ -1550,7 +1594,10 @@ class ALFWorldEnv(Game):
         return fact in self._facts
 
     def _go_and(self, receptacle, command):
-        """Return the first command that the engine takes: go there, open it, `command`; or ""."""
+        """Return the first command that the engine takes: go there, open it, `command`; or "".
+
+        A step that is done is no longer possible, so the first possible one is the next.
+        """
         # In the data set's rooms several receptacles may stand at one place. `examine` turns to
         # another one there.
         steps = []
@@ -1626,13 +1673,15 @@ class ALFWorldEnv(Game):
 
         # The objects, three in a row
         for i, name in enumerate(objects[:6]):
-            self._draw_object(picture, name, 120 + i % 3 * 60, 60 + i // 3 * 60)
+            row, column = divmod(i, 3)
+            self._draw_object(picture, name, 120 + 60 * column, 60 + 60 * row)
         if len(objects) > 6:
             draw_text(picture, f"+{len(objects) - 6}", (210, 120), 16, "#e0261c", bold=1)
 
     def _draw_map(self, picture):
         """All receptacles of the room, with up to three objects that were seen in each."""
-        # Six receptacles fill cells of 60 pixels; the data set's rooms have more, in smaller cells
+        # The map has 240 x 120 pixels, so half as many rows as columns. Take the fewest columns
+        # whose cells hold all receptacles: 4 in built-in rooms, more in those of the data set.
         num_columns = 24
         for columns in (16, 12, 8, 6, 4):
             if columns * columns // 2 >= len(self._receptacles):
@@ -1640,8 +1689,9 @@ class ALFWorldEnv(Game):
         size = 240 // num_columns
 
         for i, name in enumerate(self._receptacles):
-            x = i % num_columns * size
-            y = 180 + i // num_columns * size
+            row, column = divmod(i, num_columns)
+            x = column * size
+            y = 180 + row * size
             is_seen = name in self._seen
             objects = self._held_in(name) if is_seen else []
             kinds = {kind_of(o) for o in objects}
@@ -1650,7 +1700,7 @@ class ALFWorldEnv(Game):
             # green if the task's lamp was seen there, and grey if the agent has not looked.
             if self._target in kinds and kind_of(name) != self._goal:
                 color = "#f7cf4a"
-            elif self._goal in kinds:
+            elif self._goal in kinds:  # in the task "light" the goal is a lamp, an object
                 color = "#9ad29c"
             elif is_seen:
                 color = "#fffdf2"
@@ -1692,8 +1742,9 @@ class ALFWorldEnv(Game):
         draw_text(picture, name, (x + 30, y + 50), 11, INK, 54)
 
         # A large number for "mug 2", none for "mug 1"
-        number = name.split(" ")[-1].strip("1")
-        draw_text(picture, number, (x + 48, y + 15), 22, INK, bold=1)
+        number = name.split(" ")[-1]
+        if number != "1":
+            draw_text(picture, number, (x + 48, y + 15), 22, INK, bold=1)
 
     def _draw_icon(self, picture, name, x, y, pixels):
         state = ""
@@ -1724,7 +1775,8 @@ def draw_cell(picture, x, y, width, height, color, outline=None):
 @cache
 def icon(kind, pixels, state=""):
     """A kind of thing as a picture, transparent around it; state: "", "open" or "lit"."""
-    # Kinds that are not in the table are boxes, in a colour that their name chooses
+    # Kinds that are not in the table are boxes, in a colour that their name chooses. Its red, green
+    # and blue are 48 to 175 each: neither very dark nor very light.
     if kind in LOOKS:
         shape, color = LOOKS[kind]
     else:
@@ -1736,14 +1788,14 @@ def icon(kind, pixels, state=""):
     colors = {
         "own": own,
         "dark": tuple(int(channel * 0.6) for channel in own),
-        "light": tuple(int(channel * 0.4 + 153) for channel in own),
+        "light": tuple(int(0.4 * channel + 0.6 * 255) for channel in own),
         "black": (24, 28, 34),
         "paper": (244, 241, 234),
     }
 
     # Draw it four times too large and shrink it, for smooth edges
     large = Image.new("RGBA", (pixels * 4, pixels * 4))
-    parts = SHAPES.get(f"{shape} {state}", SHAPES[shape])
+    parts = SHAPES.get(f"{shape} {state}", SHAPES[shape])  # some look different in a state
     draw_shape(ImageDraw.Draw(large), parts, 0, 0, pixels * 4 / 100, colors)
     return large.resize((pixels, pixels), Image.LANCZOS)
 
@@ -1779,9 +1831,10 @@ def built_in_game(split, task_type, number):
     for kind in others[:num_others]:
         possible = [r for r in receptacles if kind in can_hold[r]]
         if possible:
-            things.append((str(kind), pick(rng, possible)))
+            things.append((str(kind), pick(rng, possible)))  # str: it is one of numpy
 
-    # Name them as ALFWorld does. What a sink holds is in "Sink_bar_1_bar_SinkBasin".
+    # Name them as ALFWorld does, with "_bar_" between the parts of a name. A sink has a basin, and
+    # things lie in the basin: "Sink_bar_1_bar_SinkBasin".
     receptacle_ids = []
     for i, receptacle in enumerate(receptacles):
         receptacle_id = f"{receptacle.removesuffix('Basin')}_bar_{i}"
@@ -1792,7 +1845,7 @@ def built_in_game(split, task_type, number):
     receptacle_types = sorted(set(receptacles))
     object_types = sorted({kind for kind, _ in things})
 
-    # Write the facts: what can be where ...
+    # Write the facts, "(name argument ...)": what can be where ...
     facts = ["(= (total-cost) 0)", "(atLocation agent1 loc_bar_0)"]
     for receptacle in receptacle_types:
         for kind in object_types:
@@ -1808,7 +1861,9 @@ def built_in_game(split, task_type, number):
 
     # ... where each object is, and what can be done with it
     for object_id, (kind, receptacle) in zip(object_ids, things):
-        position = pick(rng, [i for i, other in enumerate(receptacles) if other == receptacle])
+        # The room may have two receptacles of a type: choose one
+        places = [i for i, other in enumerate(receptacles) if other == receptacle]
+        position = pick(rng, places)
         facts.append(f"(objectType {object_id} {kind}Type) "
                      f"(inReceptacle {object_id} {receptacle_ids[position]}) "
                      f"(objectAtLocation {object_id} loc_bar_{position + 1})")
@@ -1824,7 +1879,7 @@ def built_in_game(split, task_type, number):
     names += [f"{kind}Type - otype" for kind in object_types]
     names += [f"{receptacle_id} - receptacle" for receptacle_id in receptacle_ids]
     names += [f"{object_id} - object" for object_id in object_ids]
-    names += [f"loc_bar_{i} - location" for i in range(7)]
+    names += [f"loc_bar_{i} - location" for i in range(7)]  # 0: the agent; 1 to 6: receptacles
 
     # Write the task, in words and as the engine's goal
     task = engine.goals[ALFRED_TASKS[task_type]]
@@ -1916,10 +1971,11 @@ def kept_game(split, name):
         player.play(player.state()["expert"])
         if len(player.played) > 40:
             raise RuntimeError(f"the expert does not solve {split}/{name}: {player._task}")
-    game["walkthrough"] = player.played
+    game["walkthrough"] = player.played  # ALFWorld's files have it too
     game["sas"] = player._state.sas  # the grounded problem, which takes 50 ms to make
 
-    # Write it into a folder of another name, then rename that: no process sees half a game
+    # Write it into a folder of another name, then rename that: no process sees half a game. (After
+    # the renaming there is no temporary folder left to be deleted, which is no error.)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as unfinished:
         Path(unfinished, "game.tw-pddl").write_text(json.dumps(game))
@@ -1944,8 +2000,8 @@ def game_cache():
 @lru_cache(maxsize=8)
 def data_set(folder):
     """The games of a split of ALFWorld's data set: a list of folders for each type of task."""
-    # Leave the same games out as ALFWorld does: those with sliced objects here, and those with
-    # movable receptacles below, because ALFRED_TASKS does not have their type.
+    # ALFWorld leaves out games with sliced objects, and so do the next lines. It also leaves out
+    # those with movable receptacles: their type is not in ALFRED_TASKS.
     files = folder.glob("*/*/game.tw-pddl")
     names = sorted(str(file.parent.relative_to(folder)) for file in files)
     names = [name for name in names if "Sliced" not in name]
@@ -2008,7 +2064,7 @@ def alfworld_engine():
         goals=goal_library.gdict,
         domain=Path(ALFRED_PDDL_PATH).read_text(),
         grammar=Path(ALFRED_TWL2_PATH).read_text(),
-        game=AlfredDemangler(PddlEnv()),
+        game=AlfredDemangler(PddlEnv()),  # the engine, with names such as "mug 1"
         Atom=logic.Atom,
     )
 
@@ -2018,7 +2074,7 @@ def alfworld_imports_quietly():
     """Undo the side effects of the imports: they print, read sys.argv and set ALFWORLD_DATA."""
     argv = sys.argv
     data = os.environ.get("ALFWORLD_DATA")
-    sys.argv = ["", "domain", "problem"]
+    sys.argv = ["", "domain", "problem"]  # one import wants two arguments, whatever they are
     os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()  # alfworld makes this folder
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -2062,11 +2118,13 @@ def speed_up_textworld():
         from textworld.logic import Rule
 
     # Translate each problem once, not twice at every reset: 15 ms for a reset without it, 10 with.
+    # `pddl2sas` returns the parsed problem, and its grounded form as a text.
     original_pddl2sas = fast_downward.pddl2sas
 
     @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
         # Ground a problem only if its file has no result: 61 ms for a reset without it, 10 with.
+        # With a result, the problem must still be parsed.
         if problem not in GROUNDED:
             argv = sys.argv
             try:
@@ -2191,7 +2249,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
 
     def draw(self):
         frame = self.engine.get_frames()[0]  # (height, width, 3) uint8, blue first
-        red_first = np.ascontiguousarray(frame[:, :, ::-1])
+        red_first = np.ascontiguousarray(frame[:, :, ::-1])  # a copy: Pillow needs it in order
         return Image.fromarray(red_first).resize((SIZE, SIZE))
 
 
@@ -2203,6 +2261,7 @@ def thor_engine(split):
     folder = Path(os.environ["ALFWORLD_DATA"]).expanduser() / "json_2.1.1" / SPLITS[split]
     data_set(folder)  # raises ValueError if it holds no games
 
+    # ALFWorld demands all of these keys
     config = {
         "dataset": {"data_path": str(folder), "num_train_games": -1},
         "env": {
@@ -2229,8 +2288,9 @@ def thor_engine(split):
         raise ValueError(f"the THOR engine does not start ({error}): {needs}") from None
 
 
+# Both have the name "alfworld". Gymnasium knows both; GAMES keeps the last, until use_thor().
 register(ALFWorldThorEnv)
-register(ALFWorldEnv)  # the task "alfworld", until use_thor()
+register(ALFWorldEnv)
 
 
 def use_thor():
@@ -2488,7 +2548,11 @@ SHAPES = {
 
 
 def show(image, columns=60):
-    """Print a picture as coloured half-blocks."""
+    """Print a picture: each character is the upper half of a block, in two colours.
+
+    The codes of the terminal are 38;2 for the colour of the half-block, which is the upper pixel,
+    and 48;2 for the colour behind it, the lower pixel.
+    """
     small = Image.fromarray(image).resize((columns, columns))
     pixels = np.asarray(small).tolist()
     for upper_row, lower_row in zip(pixels[::2], pixels[1::2]):

@@ -122,8 +122,8 @@ def evaluate(agent, name, episodes, seed=0, num_envs=64, obs="image", label="eva
                 progress.update()
                 reward_so_far[i] = 0
                 steps_so_far[i] = 0
-                num_dealt = num_games + len(finished)
-                is_counted[i] = num_dealt <= episodes
+                number = num_games + len(finished)  # of the episode that this game has begun
+                is_counted[i] = number <= episodes
 
     # Sum up
     successes = [episode["success"] for episode in finished]
@@ -209,14 +209,14 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
 
 MAX_ANSWER = 100_000  # characters of an answer that are looked at
 QUOTES = "'`\u201c\u201d\u2018\u2019"  # all but JSON's
-# A name and its value, whose end may be missing. The time is linear, because a repetition is either
-# short, or the last part of the pattern, which cannot fail.
+# A name and its value, whose end may be missing. (The only repetitions without a limit stand at the
+# end. Nothing follows that could fail, so the time grows with the length of the text alone.)
 PAIR = re.compile(rf"""
-    \b (?P<name> \w{{1,40}}) ["{QUOTES}]? \s{{0,9}} : \s{{0,9}}
-    (?: \[ (?P<list> [^\]]*)
-      | " (?P<quoted> [^"]*)
-      | [{QUOTES}] (?P<otherwise_quoted> [^{QUOTES}]*)
-      | (?P<bare> [^,}}\n]*)
+    \b (?P<name> \w{{1,40}}) ["{QUOTES}]? \s{{0,9}} : \s{{0,9}}   # a name, a colon, then
+    (?: \[ (?P<list> [^\]]*)                                      # a list, up to its bracket
+      | " (?P<quoted> [^"]*)                                      # or a text in quotes
+      | [{QUOTES}] (?P<otherwise_quoted> [^{QUOTES}]*)            # or in other quotes
+      | (?P<bare> [^,}}\n]*)                                      # or without quotes
     )""", re.VERBOSE)
 
 
@@ -228,22 +228,25 @@ def read_fields(text):
     """
     text = text[:MAX_ANSWER]
 
-    # Most answers hold one JSON object
+    # Most answers hold one JSON object. (Without a brace `end` is 0, and nothing is loaded.)
     start = max(text.find("{"), 0)
+    end = text.rfind("}") + 1
     try:
-        fields = json.loads(text[start: text.rfind("}") + 1])
+        fields = json.loads(text[start:end])
         return {name.lower(): as_text(value) for name, value in fields.items()}
     except (ValueError, RecursionError):
         pass
 
-    # Read all others pair by pair. The first value counts: fields stand before the thoughts.
+    # Read all others pair by pair. If a name comes twice, its first value counts: the thoughts
+    # stand behind the fields, and may name them again.
     fields = {}
     for match in PAIR.finditer(text, start):
         name = match["name"].lower()
         if name in fields:
             continue
-        value = match[match.lastgroup].strip()
-        if match.lastgroup == "list":
+        kind = match.lastgroup  # list, quoted, otherwise_quoted or bare
+        value = match[kind].strip()
+        if kind == "list":
             elements = [element.strip(f'"{QUOTES} \n\t') for element in value.split(",")]
             value = [element for element in elements if element]
         fields[name] = value
@@ -268,7 +271,8 @@ def same_value(said, truth):
 
 def recognition_table(name, trials, shares):
     """A Markdown table of means in percent; shares: policy -> `recognition` of each of its runs."""
-    fields = list(next(iter(shares.values()))[0])
+    first_runs = list(shares.values())[0]
+    fields = list(first_runs[0])  # the same in all runs
     lines = [
         f"| {name}, {trials} answers of each run | {' | '.join(fields)} |",
         "|---" * (len(fields) + 1) + "|",
@@ -338,16 +342,16 @@ def summary(rows, task):
     rows: of metrics.jsonl. Returns a dict: task, curve (list of [environment steps, success rate]),
     and for each policy its name -> its row.
     """
-    evaluations = {row["policy"]: row for row in rows if row.get("env") == task}
+    evaluations = {row["policy"]: row for row in rows if row.get("env") == task}  # others lack it
     curve = [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]
     return evaluations | {"task": task, "curve": curve}
 
 
-def sweep_table(runs, episodes, seeds, command):
+def sweep_table(runs, seeds, command):
     """The results of a sweep as Markdown: a row for each setting, a column for each policy.
 
-    runs: name of a setting -> `summary` of each seed; episodes: of an evaluation; seeds, command:
-    texts that say how to make the table again.
+    runs: name of a setting -> `summary` of each seed; seeds, command: texts that say how to make
+    the table again.
     """
     summaries = [run for seed_runs in runs.values() for run in seed_runs]
     policies = [name for name in REFERENCES if any(name in run for run in summaries)]
@@ -366,6 +370,9 @@ def sweep_table(runs, episodes, seeds, command):
         cells.append(PUBLISHED.get(seed_runs[0]["task"], ""))
         text += f"| {' | '.join(cells)} |\n"
 
+    # ALFWorld may have fewer episodes than other tasks
+    counts = {run[name]["episodes"] for run in summaries for name in policies if name in run}
+    episodes = " or ".join(str(count) for count in sorted(counts))
     text += f"\nSuccess on {episodes} episodes, mean of seeds {seeds} (in brackets each).\n"
     text += f"`{command}`\n"
     return text
@@ -451,8 +458,9 @@ def bounds_line(task):
 def animate(policy, name, episodes, seed, file, style="full", obs="image"):
     """Write episodes to `file` as an animated GIF, or as a contact sheet if it ends in .png.
 
-    Each frame shows a picture, and what the model says it sees, thinks and does. What an expert
-    would not have said of this state is red. After each episode a frame shows its end.
+    Each frame shows a picture, and what the model says it sees, thinks and does. What is false is
+    red: fields and thoughts that an expert would not write here. A legal action is never red. After
+    each episode a frame shows its end.
     """
     rng = np.random.default_rng(seed)
     seeds = env.episode_seeds("evaluation", seed)
@@ -564,7 +572,7 @@ class ApiModel:
 
     def __init__(self, base, name, key, cache, max_requests=math.inf, max_tokens=512,
                  timeout=60, wait=time.sleep):
-        import httpx2  # here and in the methods below: training needs no HTTP client
+        import httpx2  # an HTTP client; imported here and below because training needs none
 
         self.base = base
         self.name = name
@@ -583,7 +591,7 @@ class ApiModel:
         headers = {"Authorization": f"Bearer {key or 'none'}"}
         self.client = httpx2.Client(timeout=timeout, headers=headers)
 
-        self.lock = threading.Lock()    # of all below: several threads ask
+        self.lock = threading.Lock()    # of `requests`, new `answers` and the file: threads share
         self.requests = 0               # sent by this process
         self.num_answers = 0            # given, of the cache or of the server
         self.num_cut_off = 0            # of these
@@ -623,7 +631,8 @@ class ApiModel:
         cache.parent.mkdir(parents=True, exist_ok=True)
         self.file = cache.open("a")
 
-        # Text after the last line's end was left by a process that was killed: drop it.
+        # Text after the last line's end was left by a process that was killed: drop it. It begins
+        # with a brace; what does not is another file, which must not be cut.
         *lines, torn = cache.read_bytes().split(b"\n")
         for line in lines:
             entry = json.loads(line)
@@ -652,28 +661,33 @@ class ApiModel:
 
     def _ask(self, image, prompt):
         """(text, was it cut off?) from the server; asks again where the trouble may pass."""
-        import httpx2
-
         question = self._question(image, prompt)
         for attempt in range(self.tries):
             self._count_request()
-            try:
-                status, body = self._post(question)
-            except httpx2.RequestError as error:
-                reason = type(error).__name__
-            else:
-                if 200 <= status < 300:
-                    return self._read(body)
-                reason = f"{status} {body.decode(errors='replace')}"
-                may_pass = status >= 500 or status in (408, 429)
-                if not may_pass:
-                    break
+            body, reason, may_pass = self._try_once(question)
+            if body is not None:
+                return self._read(body)
+            if not may_pass:
+                break
             self.wait(2 ** attempt)
 
         # The reason is the server's text: show neither the key nor control characters.
         if self.key:
             reason = reason.replace(self.key, "(key)")
         raise ApiError(f"{self.base}: {ascii(reason)[1:-1][:300]}")
+
+    def _try_once(self, question):
+        """(the reply's body, None, None), or (None, why there is none, whether that may pass)."""
+        import httpx2
+
+        try:
+            status, body = self._post(question)
+        except httpx2.RequestError as error:
+            return None, type(error).__name__, True
+        if 200 <= status < 300:
+            return body, None, None
+        may_pass = status >= 500 or status in (408, 429)  # the server's trouble, or too many asked
+        return None, f"{status} {body.decode(errors='replace')}", may_pass
 
     def _question(self, image, prompt):
         """The request as a dict: the picture, as PNG within an address, and the prompt."""
@@ -760,7 +774,7 @@ def make_parser():
         help="directory of a training run, whose model is evaluated")
     add("--model", help="a model zero-shot instead: of the hub, or a folder")
     add("--policy", choices=["random", "expert", "untrained", "sft", "rl"],
-        help="the last three are a run's [rl]")
+        help="random and expert need no run; untrained, sft and rl are policies of --run [rl]")
 
     add = parser.add_argument_group("on what").add_argument
     add("--env", choices=env.GAMES, help="the task [the run's]")
@@ -922,7 +936,7 @@ def override(config, args):
     if args.device:
         config.device = args.device
         if args.device != "cuda":
-            config.dtype = "float32"
+            config.dtype = "float32"  # elsewhere bfloat16 is slow, or missing
     for name in ("dtype", "temperature", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None:
@@ -1023,4 +1037,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(130) from None  # what shells report for Ctrl-C: 128 + signal 2

@@ -61,7 +61,7 @@ TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 class Answer:
     """One answer v_out = v_tht + v_act, with all that is needed to score it again."""
 
-    inputs: dict              # picture and prompt from the processor, unpadded, batch size 1
+    inputs: dict              # picture and prompt as the model's tensors, unpadded, batch size 1
     tokens: torch.Tensor      # (L,) int64, with the end-of-sequence token if there is one
     num_cot_tokens: int       # the first num_cot_tokens tokens are v_tht, the rest is v_act
     text: str
@@ -157,10 +157,11 @@ class VLMPolicy(nn.Module):
         Returns tokens (N, L) int64, their log-probabilities (N, L), the answers' lengths (N,) with
         the end-of-sequence token, and the values (N,) of the states; all on the CPU.
         """
-        # Read the prompts, and keep their keys and values in the cache. The prompts are padded on
-        # the left, so the last hidden state of a row is that of its prompt's last token. The
-        # attention mask hides the padding, and attention depends on distances between tokens
-        # alone: other neighbours in the batch, with other padding, change nothing.
+        # Read the prompts. The cache keeps what attention computed for them (keys and values), so
+        # each new token needs a pass over itself alone. The prompts are padded on the left, so the
+        # last hidden state of a row is that of its prompt's last token. The attention mask hides
+        # the padding. What counts for attention is how far two tokens are apart, and padding on
+        # the left does not change that.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
@@ -174,18 +175,21 @@ class VLMPolicy(nn.Module):
         token_logps = []
         while True:
             # Sample the next token of every answer; what follows an answer's end is not used
-            log_probs = self.log_probs(self.head(hidden[:, -1]))               # (N, V)
+            logits = self.head(hidden[:, -1])                                  # (N, V)
+            log_probs = self.log_probs(logits)                                 # (N, V)
             token = torch.multinomial(log_probs.exp(), 1)                      # (N, 1)
             tokens.append(token)
-            token_logps.append(log_probs.gather(1, token))
-            lengths += ~finished  # the end-of-sequence token counts
+            token_logps.append(log_probs.gather(1, token))                     # that of the token
+
+            # An answer that has not ended is one token longer; the end-of-sequence token counts
+            lengths += ~finished
             finished |= torch.isin(token[:, 0], eos_ids)
             if finished.all() or len(tokens) == self.max_new_tokens:
                 break
 
             # Let the model read this token; all tokens before it are in the cache
             attention_mask = pad(attention_mask, (0, 1), value=1)              # (N, tokens so far)
-            batch = self.next_input(token, attention_mask)  # these two (for Qwen also positions)
+            batch = self.next_input(token, attention_mask)  # as a dict
             hidden = self.hidden_states(batch, keep=1, past_key_values=cache)  # (N, 1, D)
 
         tokens = torch.cat(tokens, 1).cpu()                                    # (N, L)
@@ -254,8 +258,9 @@ class VLMPolicy(nn.Module):
     def backbone(self):
         """The model without its language head.
 
-        PEFT wraps the model, and puts the adapter into its layers. Without the wrapper
-        (`get_base_model`) the adapter is still there. `base_model` is the part below the head.
+        PEFT is the library that adds LoRA (the adapter). It wraps the model, and puts the adapter
+        into the model's layers. Without the wrapper (`get_base_model`) the adapter is still there.
+        `base_model` is the part below the head.
         """
         model = self.model
         if isinstance(model, PeftModel):
@@ -270,7 +275,10 @@ class VLMPolicy(nn.Module):
         return output.last_hidden_state[:, -keep:].float()
 
     def log_probs(self, logits):
-        """Log-probabilities of the distribution that is sampled from; logits: (..., V) float32."""
+        """Log-probabilities of the distribution that is sampled from; logits: (..., V) float32.
+
+        `forbidden` is -infinity for tokens that must not be sampled, else 0.
+        """
         return torch.log_softmax(logits / self.temperature + self.forbidden, -1)
 
     def value_of(self, hidden):
@@ -297,7 +305,7 @@ class VLMPolicy(nn.Module):
     def encode(self, images, questions):
         """`Answer.inputs` for each of N pictures, (N, height, width, 3) uint8, and prompts."""
         texts = [self.chat_text(question) for question in questions]
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token  # begin of sequence; some chat templates write it already
         template_has_bos = bool(bos) and texts[0].startswith(bos)
         batch = self.processor(
             images=[[image] for image in images],
@@ -310,8 +318,9 @@ class VLMPolicy(nn.Module):
         lengths = batch["attention_mask"].sum(1).tolist()
 
         # Take the samples apart, because an answer meets other answers in the update. Text loses
-        # its padding. A picture's tensors, such as pixels (N, 3, height, width) or a list of all
-        # patches, are cut into N equal parts: all pictures have the same size.
+        # its padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
+        # parts. (Some models list the patches of all pictures in one tensor. The pictures have the
+        # same size, so the parts are equal there too.)
         inputs = [{} for _ in questions]
         for key, x in batch.items():
             if x.is_floating_point():
@@ -350,7 +359,10 @@ class VLMPolicy(nn.Module):
         return Answer(inputs, tokens, self.count_cot_tokens(ids), self.decode(ids))
 
     def count_cot_tokens(self, ids):
-        """The number of tokens before the one in which `"action":` begins; all if there is none."""
+        """How many tokens are thoughts: those that end before `"action":` begins; all without one.
+
+        A token that holds the end of the thoughts and the key's beginning is of the action.
+        """
         start = action_start(self.decode(ids))
 
         # Take tokens away from the end, until nothing of the action is left
@@ -400,7 +412,8 @@ class VLMPolicy(nn.Module):
     def prepare_checkpoints(self):
         """Switch gradient checkpointing on for a pass with gradients, else off.
 
-        The library uses it in layers in training mode alone, and then without a cache.
+        The library uses it only in layers in training mode, and allows no cache there. So the flag
+        of the layers is set; that of the parts inside, such as dropout, stays off.
         """
         for layer in self.checkpointed_layers:
             layer.training = torch.is_grad_enabled()
@@ -410,8 +423,8 @@ class VLMPolicy(nn.Module):
         """Replace the scores of sampled `Answer`s by those of `evaluate`, as the update will
         compute them.
 
-        In bfloat16 a pass with a cache, or with other padding, rounds in another way than one
-        without.
+        Sampling uses a cache and other padding than `evaluate`. In bfloat16 the two round
+        differently, and the first ratios would not be 1.
         """
         for i in range(0, len(answers), microbatch):
             piece = answers[i: i + microbatch]
@@ -425,15 +438,18 @@ class VLMPolicy(nn.Module):
     def next_input(self, token, attention_mask):
         """The model's input for one more token (N, 1) of every answer.
 
-        In Qwen's models a picture has fewer positions than tokens. The model finds the difference
-        (`rope_deltas`) while it reads the prompts, but must be told the positions while it writes.
+        Qwen's models number the tokens of a picture by row and column, so a picture has fewer
+        positions than tokens. The model finds the difference (`rope_deltas`) while it reads the
+        prompts, but must be told the positions while it writes.
         """
         batch = {"input_ids": token, "attention_mask": attention_mask}
         for module in self.position_counters:
             if module.rope_deltas is not None:
-                number = attention_mask.sum(1, keepdim=True) - 1               # (N, 1), the token's
-                position = number + module.rope_deltas                         # (N, 1)
-                batch["position_ids"] = position.expand(3, -1, -1)             # (3, N, 1) for Qwen
+                # The token's place in its row, without padding. Qwen has three positions for a
+                # token: time, row and column. For text they are equal.
+                place = attention_mask.sum(1, keepdim=True) - 1                # (N, 1)
+                position = place + module.rope_deltas                          # (N, 1)
+                batch["position_ids"] = position.expand(3, -1, -1)             # (3, N, 1)
         return batch
 
 
@@ -500,18 +516,20 @@ class CNNPolicy(nn.Module):
         self.actions = actions
         self.temperature = temperature
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 8, 4), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3), nn.ReLU(),
+            nn.Conv2d(3, 32, 8, 4), nn.ReLU(),                                 # (N, 32, 24, 24)
+            nn.Conv2d(32, 64, 4, 2), nn.ReLU(),                                # (N, 64, 11, 11)
+            nn.Conv2d(64, 64, 3), nn.ReLU(),                                   # (N, 64, 9, 9)
             nn.Flatten(),
-            nn.Linear(64 * 9 * 9, 512), nn.ReLU(),
+            nn.Linear(64 * 9 * 9, 512), nn.ReLU(),                             # (N, 512)
         )
         self.action_head = nn.Linear(512, len(actions))
         self.value_head = nn.Linear(512, 1)
 
     def look(self, pixels):
-        """Log-probabilities of the actions (N, actions) and values (N,) of pixels (N, 3, 100,
-        100)."""
+        """Log-probabilities of the actions (N, actions) and values (N,).
+
+        pixels: (N, 3, 100, 100) uint8.
+        """
         hidden = self.body(pixels.to(self.value_head.weight.device) / 255)     # (N, 512)
         log_probs = torch.log_softmax(self.action_head(hidden) / self.temperature, -1)
         return log_probs, self.value_head(hidden).squeeze(-1)
@@ -526,12 +544,12 @@ class CNNPolicy(nn.Module):
 
         # An answer is one token, the action's number
         answers = []
-        for i, action in enumerate(actions):
+        for i, number in enumerate(actions[:, 0].tolist()):
             answers.append(Answer(
                 inputs={"pixels": pixels[i]},
-                tokens=action,
+                tokens=actions[i],
                 num_cot_tokens=0,
-                text=f'"action": "{self.actions[action]}"',
+                text=f'"action": "{self.actions[number]}"',
                 logp_action=logps[i].item(),
                 value=values[i].item(),
                 token_logps=logps[i],
@@ -587,7 +605,8 @@ def build_tiny(seed=0, texts=None):
     """
     tokenizer = build_tokenizer(texts or corpus())
     image_processor = CLIPImageProcessorPil(
-        size={"height": 100, "width": 100}, do_center_crop=False, resample=2)
+        size={"height": 100, "width": 100}, do_center_crop=False, resample=2)  # 2: bilinear
+    # CLIP puts one additional token before its patches; the strategy "default" leaves it out
     processor = LlavaProcessor(
         image_processor, tokenizer, patch_size=20, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
@@ -601,9 +620,9 @@ def build_tiny(seed=0, texts=None):
         sliding_window=None, pad_token_id=0)
     config = LlavaConfig(
         vision_config=vision_config, text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1)
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1)  # last
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the global generator goes on as if nothing happened
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
         # The library's deviation of 0.02 suits a width of 4096. At 128 it makes so quiet a network
@@ -617,12 +636,18 @@ def build_tiny(seed=0, texts=None):
 def build_tokenizer(texts):
     """A byte-level BPE tokenizer that learns from `texts`; every line of instructions is one
     token."""
-    # Numbers and operators stay whole and alone; the words between them may grow into one token
-    pieces = Regex(r"\d+|[-+*/()=>]|[A-Za-z][A-Za-z ]*|[^-+*/()=>\dA-Za-z]+")
+    # Cut a text into pieces; no token is larger than its piece. Numbers and operators are pieces of
+    # their own. Words in a row are one piece, so that they may grow into one token.
+    pieces = Regex("|".join([
+        r"\d+",                     # a number
+        r"[-+*/()=>]",              # an operator or bracket
+        r"[A-Za-z][A-Za-z ]*",      # words, with the spaces between and behind them
+        r"[^-+*/()=>\dA-Za-z]+",    # all else, such as quotes
+    ]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pieces, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.Split(pieces, "isolated"),  # each match is a piece
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # pieces as bytes
     ])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -630,13 +655,14 @@ def build_tokenizer(texts):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
 
-    # The instructions never change: a single token for each line of them halves the cost of a step
+    # The instructions never change: a single token for each line of them halves the cost of a step.
+    # Such a line stands in at least one prompt of each of the `corpus`'s 100 episodes.
     lines = Counter()
     for text in texts:
         if "\n" in text:  # a prompt; answers have one line
             lines.update(text.split("\n"))
     instructions = [line for line, count in lines.items() if count >= 100 and len(line) > 20]
-    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])  # as it is
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
@@ -674,7 +700,7 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if not getattr(processor, "chat_template", None):
         raise ValueError("its processor has no chat template")
 
-    # Let it read one tile a picture
+    # Let it read one tile a picture: Idefics3 has a switch, LLaVA-1.6 needs another class
     model_class = AutoModelForImageTextToText
     if image_tiles == "one":
         if getattr(processor.image_processor, "do_image_splitting", False):
@@ -707,7 +733,8 @@ def model_identity(name):
     if not folder.is_dir():
         return AutoConfig.from_pretrained(name)._commit_hash
 
-    # Of each file of weights: its name, its size, its header and some of its content
+    # Of each file of weights: its name, its size, and 64 kB at each of 16 places. The first of them
+    # holds the header.
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -720,7 +747,10 @@ def model_identity(name):
 
 
 def without_tiles(config, processor):
-    """LLaVA-1.6 as LLaVA-1.5's class, which knows no tiles: the same weights and words."""
+    """(configuration, processor) to read LLaVA-1.6 with LLaVA-1.5's class, which knows no tiles.
+
+    The weights have the same names in both classes, and the tokenizer stays.
+    """
     names = (
         "vision_config", "text_config", "image_token_id", "projector_hidden_act",
         "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias",
@@ -772,12 +802,14 @@ def build_policy(config, weights=None):
     # SFT leaves either a whole model, or an adapter for the model that it began with
     has_adapter = weights is not None and (weights / "adapter_config.json").exists()
     source = config.model
+    began_with = getattr(config, "base", None)  # `model_identity`, which train.py has written
     if weights is not None and not has_adapter:
         source = str(weights)
-    elif getattr(config, "base", None) not in (None, model_identity(config.model)):
+    elif began_with is not None and began_with != model_identity(config.model):
         raise ValueError("its weights are not those that the run began with")
 
-    # The embedded model's tokenizer learns from the tasks that it will play
+    # The embedded model's tokenizer learns from the tasks that it will play. The card games share
+    # one, so that runs can be compared; any other task has its own.
     texts = None
     if source == "tiny":
         if set(names) <= set(CARD_TASKS):
@@ -930,7 +962,7 @@ def main():
     # Show the tokens one by one, each with its log-probability where that is not near 0
     pieces = []
     for token, logp in zip(answer.tokens.tolist(), answer.token_logps.tolist()):
-        piece = ascii(policy.tokenizer.decode([token]))[1:-1]  # without control characters
+        piece = ascii(policy.tokenizer.decode([token]))[1:-1]  # a line break as \n, no quotes
         if logp < -0.005:
             piece += f" ({logp:.2f})"
         pieces.append(piece)

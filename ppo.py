@@ -51,7 +51,7 @@ def compute_gae(rollout, gamma, gae_lambda):
         R_t     = A_t + V(s_t)
 
     A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}). With
-    gae_lambda = 1 the advantage is the discounted return minus V(s_t).
+    gae_lambda = 1 the values between cancel each other: A_t is the discounted return minus V(s_t).
     """
     # A termination ends the future of a state; a truncation does not
     next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
@@ -88,7 +88,8 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     log_ratio = log_prob - old["log_prob"]                                     # (N,)
     ratio = log_ratio.exp()                                                    # (N,), rho
 
-    # The larger loss counts, so nothing is gained by moving the ratio past the clip range
+    # The larger loss counts. Where A > 0 it is constant once the ratio is above 1 + clip, where
+    # A < 0 once it is below 1 - clip. So nothing is gained by moving the ratio further.
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
@@ -102,11 +103,12 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # KL(pi_old, pi_new) is the mean of -log_ratio. Adding ratio - 1, whose mean is 0, makes
-        # every term positive. (For lambda < 1 it is a measure of distance like the KL.)
+        # KL(pi_old, pi_new) is the mean of -log_ratio. We add ratio - 1. Its mean over answers of
+        # pi_old is 0, and no term is negative then, because x - 1 >= log(x).
+        # (For lambda < 1 it is a measure of distance like the KL.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
-        "entropy": new.entropy,  # no bonus for it in the loss, as in the paper
+        "entropy": new.entropy,  # for the report; some PPO losses reward it, the paper's does not
     }
 
 
@@ -116,8 +118,9 @@ def kl_to_sft(logp_cot, sft_logp_cot):
     Nothing rewards well-formed thoughts, so they drift until answers are illegal. A small weight
     on this term keeps what SFT has taught; the action stays free.
 
-    The gradient of this term is (log p - log p_SFT) * grad log p. Its mean over samples of p is
-    the gradient of KL(p, p_SFT): exact before the first step of an update, close to it later.
+    The gradient of KL(p, p_SFT) is the mean of (log p - log p_SFT) * grad log p over samples of p.
+    This is the mean gradient of the term below. (The samples are of the policy before the update,
+    so it is exact for the first step of an update, and close to it later.)
     """
     return 0.5 * (logp_cot - sft_logp_cot) ** 2
 
@@ -135,10 +138,10 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     processes.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac,
-    entropy, kl_to_sft (if kl_coef is not 0), grad_norm (before clipping); and explained_variance of
-    the old values, first_ratio_error (max |rho - 1| on the first mini-batch: 0 where sampling and
-    scoring agree), skipped (number of mini-batches). Raises FloatingPointError where too many
-    mini-batches are broken.
+    entropy, kl_to_sft (if kl_coef is not 0), grad_norm (before clipping); and explained_variance
+    (how well the old values fit the returns: 1 is perfect), first_ratio_error (max |rho - 1| on
+    the first mini-batch: 0 where sampling and scoring agree), skipped (number of mini-batches).
+    Raises FloatingPointError where too many mini-batches are broken.
     """
     # 1. Compute what stays fixed during the update: old log-probabilities, advantages, returns
     advantages, returns = compute_gae(rollout, config.gamma, config.gae_lambda)     # (T, N) each
@@ -198,10 +201,12 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 def normalise(advantages, returns):
     """Advantages (T, N) divided by their root mean square over the rollout of all processes.
 
-    The mean is not subtracted: the advantages of a policy that wins already are small and mostly
-    of one sign, and centred, half of its good steps would be pushed down. And the divisor is at
-    least a tenth of the returns' root mean square: once the value function is right, advantages
-    are small errors of its own, which must not be blown up.
+    The mean is not subtracted, though many programs do it. The advantages of a policy that wins
+    already are small and mostly positive. Minus their mean, half of its good steps would get a
+    negative advantage, and the policy would unlearn them.
+
+    The divisor is at least a tenth of the returns' root mean square. Once V is almost right, the
+    advantages are only small errors of V. Divided by their own size, they would become large.
     """
     all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
     all_returns = torch.stack(gather(returns))
@@ -226,6 +231,7 @@ MAX_SKIPPED = 5        # broken mini-batches in a row before the run stops
 def is_broken(pieces, grad_norm):
     """Whether the gradient of a mini-batch is not finite, or a ratio exploded, in any process."""
     largest = max(piece["log_ratio"].max().item() for piece in pieces)
+    # The gradient is a sum over all processes, so all have its norm. Ratios are each one's own.
     return not math.isfinite(grad_norm) or max(gather(largest)) > MAX_LOG_RATIO
 
 
@@ -244,7 +250,10 @@ class UpdateReport:
 
         Raises FloatingPointError if more than MAX_SKIPPED mini-batches in a row were broken.
         """
-        terms = {name: torch.cat([piece[name].flatten() for piece in pieces]) for name in pieces[0]}
+        terms = {}
+        for name in pieces[0]:
+            parts = [piece[name].flatten() for piece in pieces]  # log_ratio may be (N, L)
+            terms[name] = torch.cat(parts)
         log_ratio = terms.pop("log_ratio")
         stats = mean_over_processes({name: x.mean().item() for name, x in terms.items()})
 
@@ -282,7 +291,7 @@ def explained_variance(values, returns):
     values = torch.stack(gather(values))
     returns = torch.stack(gather(returns))
     variance = returns.var()
-    if not variance > 0:
+    if variance == 0 or variance.isnan():
         return float("nan")
     return (1 - (returns - values).var() / variance).item()
 
@@ -292,8 +301,11 @@ def explained_variance(values, returns):
 
 
 def token_ratio_loss(new, old, clip):
-    """One ratio a token instead of one a step, without lambda (VL-DAC, arXiv 2508.04280): terms for
-    `ppo_loss`."""
+    """The loss with one ratio a token instead of one a step (VL-DAC, arXiv 2508.04280).
+
+    Lambda plays no part in it. The dict replaces these entries of what `ppo_loss` returns.
+    """
+    # The stored rows are as long as the longest answer of the rollout; cut them to this piece's
     num_tokens = new.token_logps.shape[1]
     old_logps = old["token_logps"][:, :num_tokens]                             # (N, L)
     log_ratio = new.token_logps - old_logps                                    # (N, L)
@@ -315,17 +327,19 @@ def token_ratio_loss(new, old, clip):
 def auto_cot_scale(token_logps, num_cot_tokens):
     """The lambda at which thoughts and action add equal noise to the policy gradient, at most 1.
 
-    A step's gradient is A (lambda s_cot + s_act), with the scores s = grad log p. A token's score
-    has mean zero whatever came before it. So the scores of different tokens are uncorrelated, and
-    their variances add up:
+    A step's gradient is A (lambda s_cot + s_act). Here s = grad log p is the score, summed over
+    the tokens of the thoughts or of the action. Given all tokens before it, a token's score has
+    mean zero. So the product of two tokens' scores has mean zero too, and variances add up:
 
-        Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act,      F = sum over the part's tokens of E
-        |s|^2
+        Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act
+        F_cot = sum of E |s|^2 over the tokens of the thoughts; F_act is that of the action
 
-    With respect to the logits a token's score is onehot - p, and E |onehot - p|^2 = 1 - sum p^2 =
-    E[1 - p(sampled token)]: the probabilities of the sampled tokens estimate F. Equal noise,
-    lambda^2 F_cot = F_act, gives lambda = sqrt(F_act / F_cot). A certain thought adds no noise,
-    however long.
+    Equal noise is lambda^2 F_cot = F_act, so lambda = sqrt(F_act / F_cot).
+
+    To estimate F we take the gradient with respect to the logits, not to the weights: this is an
+    approximation. There a token's score is onehot(token) - p. Its squared length is on average
+    1 - sum p^2, and so is 1 - p(sampled token). Thoughts of which the model is sure add no noise,
+    however long they are.
 
     token_logps: list of (L,) log-probabilities of sampled answers; num_cot_tokens: how many of each
     are thoughts.
@@ -358,7 +372,7 @@ def world_size():
 
 
 def gather(x):
-    """A list of what each process has for `x`, any object that can be pickled; alone, [x]."""
+    """A list of every process's `x`, any object that can be pickled. One process gets [x]."""
     if not dist.is_initialized():
         return [x]
     everyone = [None for _ in range(world_size())]
@@ -372,7 +386,7 @@ def from_first_process(x):
 
 
 def total_over_processes(numbers):
-    """Sums of a list of numbers, one by one, over all processes; a list."""
+    """Each process brings a list of numbers; entry i of the result is the sum of all entries i."""
     return [sum(column) for column in zip(*gather(numbers))]
 
 

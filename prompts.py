@@ -35,7 +35,9 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    description: object             # what the prompt asks for: a str; [str] asks for a JSON list
+    # What the prompt asks for: a text such as "the target number". In a list, as ["rank of each
+    # card"], it asks for a JSON list.
+    description: object
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
 
@@ -67,17 +69,18 @@ def numberline_thoughts(info):
 def blackjack_thoughts(info):
     """What the hand is worth: "hard 16 against 9, may bust".
 
-    Longer hands are added up card by card, because a small model cannot add them at once:
-    "12, 19, hard 20 against 10, may bust" for 7 5 7 A.
+    Bust: above 21. Soft: an ace counts 11; hard: none does. Longer hands are added up card by
+    card, because a small model cannot add them at once: "12, 19, hard 20 against 10, may bust" for
+    7 5 7 A.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = list(itertools.accumulate(numbers))
     dealer = env.card_number(info["dealer_card"])
 
-    partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])
-    kind = "soft" if info["player_total"] > sums[-1] else "hard"    # soft: an ace counts 11
+    partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])  # after the 2nd card, the 3rd
+    kind = "soft" if info["player_total"] > sums[-1] else "hard"
     dealer_name = "A" if dealer == 1 else dealer
-    risk = "may" if sums[-1] > 11 else "cannot"
+    risk = "may" if sums[-1] > 11 else "cannot"  # with 11, even a ten makes only 21
     return f"{partial_sums}{kind} {info['player_total']} against {dealer_name}, {risk} bust"
 
 
@@ -86,7 +89,8 @@ def points_task(game, count, entries):
     target = game.target
 
     def thoughts(info):
-        # Write the whole plan at every step, split where the formula stands, then the next entry.
+        # Write the whole plan at every step: what is done, ">", what is left. Then the next entry.
+        # With the cards 3 and 4 and the formula "3" so far: "3 4 make 12: 3 > *4=, write *".
         # (The action of a demonstration may be another one: SFT teaches the thoughts, RL to act.)
         hand = " ".join(str(number) for number in sorted(info["numbers"]))
         formula = info["formula"]
@@ -209,7 +213,8 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# search would read a long run of spaces once for each of them.)
+# text of n spaces would cost n * n steps.) A bare key stands at the start of a line, or after { or
+# a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)
@@ -286,16 +291,17 @@ IDLE_WORDS = "well now so then okay right fine hmm".split()
 
 
 def chatty_thoughts(info):
-    """The thoughts after four words that say nothing: 8.3 nats that no policy can know better.
+    """The thoughts behind four words that say nothing, each one of eight.
 
-    The words depend on the state, and look random.
+    The words are a checksum of the state. A model cannot compute it, so for the model they are
+    random: it cannot give them a log-probability above -4 log 8 = -8.3 on average.
     """
-    state = {name: value for name, value in info.items() if name != "action_mask"}
+    state = {name: value for name, value in info.items() if name != "action_mask"}  # an array
     number = zlib.crc32(repr(state).encode())
     words = []
     for _ in range(4):
-        words.append(IDLE_WORDS[number % 8])
-        number //= 8
+        number, digit = divmod(number, len(IDLE_WORDS))
+        words.append(IDLE_WORDS[digit])
     return " - ".join(words) + " - " + TASKS[info["env"]].thoughts(info)
 
 
@@ -304,7 +310,7 @@ def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
     rng = np.random.default_rng(seed)
     texts = []
     for name in names:
-        game = env.GAMES[name](obs="text")  # draws no pictures
+        game = env.GAMES[name](obs="text")  # the game draws no pictures then, which saves time
         for episode in range(episodes):
             _, info = game.reset(seed=seed + episode)
             num_steps = 0

@@ -80,7 +80,8 @@ if torch.backends.mps.is_available():
 if torch.cuda.is_available():
     BEST_DEVICE = "cuda"
 
-# The authors' settings, where they differ: the defaults for every other model (--preset paper)
+# The authors' settings, where they differ from the flags' defaults below. --preset paper uses them,
+# and so does every model but the embedded one.
 PAPER = dict(
     device=BEST_DEVICE, cot_scale=0.5,
     env_steps=15000, num_envs=16, temperature=0.2, max_new_tokens=256,
@@ -107,8 +108,9 @@ TASK_SETTINGS = {
         cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
+# Types of flags: `number` of eval.py makes a function that refuses what is outside its limits
 fraction = number(float, 0, 1)
-positive = number(float, 1e-12)
+positive = number(float, 1e-12)  # any number above 0
 not_negative = number(float, 0)
 
 
@@ -136,7 +138,7 @@ def make_parser():
         description=__doc__.split("\n\n")[0],
         epilog="Example: python train.py --env blackjack --cot-scale 0.3",
         usage=argparse.SUPPRESS)  # without a usage text an error is one line
-    switch = dict(action=argparse.BooleanOptionalAction)
+    switch = dict(action=argparse.BooleanOptionalAction)  # --x turns it on, --no-x off
 
     task = parser.add_argument_group("what to train")
     setting(task, "--env", None, f"one of {', '.join(env.GAMES)}, or several with commas")
@@ -144,12 +146,14 @@ def make_parser():
     setting(task, "--policy", "vlm", "cnn: the paper's baseline without language",
             choices=["vlm", "cnn"])
     setting(task, "--cot-scale", 0.3, "lambda in [0, 1], the weight of the thoughts' "
-            "log-probability; auto: thoughts and action get equal noise", type=cot_scale)
-    setting(task, "--ratio", "step", "one probability ratio a step, with lambda, or one a token, "
-            "without", choices=["step", "token"])
-    setting(task, "--prompt", "full", "before the action: key-state fields and thoughts (full, "
-            "the paper's), thoughts, or nothing (action); vision: full, but the text does not "
-            "tell the state; chatty: full, with idle words", choices=prompts.STYLES)
+            "log-probability; auto: thoughts and action add equal noise to the gradient",
+            type=cot_scale)
+    setting(task, "--ratio", "step", "step: one probability ratio a step, with lambda; "
+            "token: one ratio a token, without lambda", choices=["step", "token"])
+    setting(task, "--prompt", "full", "what stands before the action. full (the paper's): "
+            "key-state fields and thoughts; thoughts: thoughts alone; action: nothing; vision: as "
+            "full, but the text does not tell the state; chatty: as full, with idle words",
+            choices=prompts.STYLES)
     setting(task, "--obs", "image", "the picture; marked: with boxes around what matters; "
             "text: words in the prompt instead", choices=["image", "marked", "text"])
     setting(task, "--seed", 0, "fixes the run", type=natural_int)
@@ -161,8 +165,9 @@ def make_parser():
             "[bfloat16 for other models on cuda, else float32]", choices=["bfloat16", "float32"])
     setting(model, "--quantize", None, "base weights in 4 bits, with bitsandbytes on cuda",
             choices=["4bit"])
-    setting(model, "--image-tiles", "one", "of LLaVA-1.6 and Idefics3: one, as in the paper, "
-            "or all", choices=["one", "anyres"])
+    setting(model, "--image-tiles", "one", "LLaVA-1.6 and Idefics3 cut a picture into tiles. "
+            "one: read the whole alone, as in the paper; anyres: the tiles as well",
+            choices=["one", "anyres"])
     setting(model, "--alfworld", "text", "its engine: text, with drawings, or the simulator thor",
             choices=["text", "thor"])
     setting(model, "--trust-remote-code", False, "run Python code of the model", **switch)
@@ -193,7 +198,7 @@ def make_parser():
     setting(ppo, "--gamma", 0.9, "discount", type=fraction)
     setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)
     setting(ppo, "--lora-rank", 16, "rank of the adapter", type=positive_int)
-    setting(ppo, "--lora-alpha", 32, "scale of the adapter, over its rank", type=positive_int)
+    setting(ppo, "--lora-alpha", 32, "the adapter counts alpha / rank times", type=positive_int)
     setting(ppo, "--gradient-checkpointing", False, "less memory, a third more time", **switch)
 
     sft = parser.add_argument_group("SFT")
@@ -201,8 +206,8 @@ def make_parser():
     setting(sft, "--sft-batch", 32, "demonstrations a step", type=positive_int)
     setting(sft, "--sft-lora", False, "train and merge an adapter, not all weights", **switch)
     setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
-    setting(sft, "--sft-restart", 0.0, "share of episodes that begin anew at each step, falling "
-            "to 0: first states first", type=fraction)
+    setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
+            "to 0, so SFT sees the games' first states first", type=fraction)
     setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
 
     run = parser.add_argument_group("the run")
@@ -212,8 +217,9 @@ def make_parser():
     add("--resume", type=Path, metavar="DIR", help="go on with this run; needs no other flag")
     add("--track", choices=["tensorboard", "wandb"], help="send the metrics there as well")
     add("--sweep", nargs="+", metavar="FLAG=V,V",
-        help="an experiment: the rest of the line with each value of a flag (cot-scale=0,0.3,1 "
-             "ratio=token), for every one of --seeds; writes table.md and curves.png into --out")
+        help="an experiment: train once for each value of a flag (cot-scale=0,0.3,1 ratio=token) "
+             "and each of --seeds, with all other flags of the line; writes table.md and "
+             "curves.png into --out")
     add("--seeds", metavar="S,S", help="of --sweep [0]")
     add("--quick", action="store_true", help="--sweep at a size that shows only whether it works")
     return parser
@@ -224,12 +230,16 @@ def make_parser():
 
 
 def process_seed(config):
-    """A seed of its own for each process."""
+    """A seed of its own for each process, far from the seeds that people choose."""
     return config.seed + 100_003 * rank()
 
 
 def make_games(stream, num_envs, config):
-    """`num_envs` games for this process, whose deals no other stream, seed or process plays."""
+    """`num_envs` games for this process.
+
+    stream: what they are for: "sft", "rollout" or "evaluation". Each stream, seed and process has
+    deals of its own.
+    """
     seeds = env.episode_seeds(stream, config.seed, rank())
     return env.Games(
         config.env, num_envs, seeds, config.obs,
@@ -298,9 +308,9 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Play on, in each game either the expert's action or, with probability 1/4, the one
-        # demonstrated above. Some random actions lead to states that an expert never sees. With
-        # more of them most games would be lost early, and SFT would see few late states.
+        # 4. Play on. In one game of four, chosen by chance, play the action demonstrated above. It
+        # is often random, so SFT also sees states after a mistake. In all others play the expert's
+        # action: else most games would be lost early, and SFT would see few late states.
         plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
@@ -317,7 +327,7 @@ def sft(policy, config, run):
             loss = total_over_processes([loss])[0]
             progress.set_postfix(loss=f"{loss:.3f}")
             run.log(stage="sft", step=done, loss=loss, lr=lr)
-        asked_to_stop = any(gather(run.signal))
+        asked_to_stop = any(gather(run.signal))  # by Ctrl-C, in any process
         if done % 100 == 0 or done == config.sft_steps or asked_to_stop:
             run.checkpoint(
                 "sft", done, policy, optimizer,
@@ -387,7 +397,7 @@ class Collector:
             truncated.append(step["truncated"])
             final_values.append(self.values_at_time_limit(step))
 
-            # 6. Count the episodes that ended
+            # 6. Count the episodes that ended (step["infos"] still tells of them)
             self.episode_returns += reward
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.episode_returns[i]))
@@ -396,8 +406,10 @@ class Collector:
             if episodes:
                 progress.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
 
+        # In bfloat16 sampling and scoring round differently: score as the update will
         if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
-            self.policy.rescore(answers, self.config.microbatch)  # sampling and scoring round apart
+            self.policy.rescore(answers, self.config.microbatch)
+
         values = self.grid([answer.value for answer in answers])               # (T, N)
         truncated = torch.tensor(np.array(truncated))                          # (T, N)
         final_values = torch.tensor(np.array(final_values)).float()            # (T, N)
@@ -506,7 +518,7 @@ def reinforce(policy, config, run):
         collector.restore(state)
 
     def checkpoint(update):
-        index = config.sft_steps + 1 + update  # the numbers of checkpoints grow from stage to stage
+        index = config.sft_steps + 1 + update  # after those of SFT, 1 to sft_steps
         run.checkpoint("rl", index, policy, optimizer, update=update, **collector.state())
 
     if first_update == 0:
@@ -547,8 +559,8 @@ def reinforce(policy, config, run):
 def example_states(policy, config):
     """Inputs of the model for many states: what the value head is standardised with.
 
-    They come from games in which half of the actions are random, before the first rollout, whose
-    values need the standardised head already.
+    They come from games in which half of the actions are random. A rollout cannot give them: its
+    values need the standardised head.
     """
     rng = np.random.default_rng(process_seed(config))
     games = make_games("sft", config.num_envs // world_size(), config)
@@ -591,7 +603,8 @@ def train(policy, config, run, weights=None):
     elif rank() == 0:
         copy_folder(weights, run.out / "sft")
 
-    if run.state["stage"] != "rl":
+    resumed_in_stage_2 = run.state["stage"] == "rl"
+    if not resumed_in_stage_2:
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))
         assess("random", policy, config, run)
@@ -611,7 +624,8 @@ def train(policy, config, run, weights=None):
 
 def train_cnn(policy, config, run):
     """The paper's baseline: the same PPO without language, and without SFT."""
-    if run.state["stage"] != "rl":
+    resumed_in_stage_2 = run.state["stage"] == "rl"
+    if not resumed_in_stage_2:
         torch.manual_seed(process_seed(config))
         assess("random", policy, config, run)
 
@@ -630,7 +644,7 @@ def assess(name, policy, config, run):
     The results go to metrics.jsonl.
     """
     if rank() > 0:
-        return  # the others wait until the first process is back
+        return  # the others go on, and wait where they next exchange something
     for task in config.env.split(","):
         rng = np.random.default_rng(config.seed)
         agent = model_agent(policy, rng, config.prompt)
@@ -654,7 +668,7 @@ def assess(name, policy, config, run):
 def finish(config, run):
     """Draw the curve, print the table, delete the checkpoints; returns the results as `train`
     does."""
-    barrier()  # torchrun would stop a run in which some processes have ended long ago
+    barrier()  # wait for the first process: the launcher stops a run if some processes end early
     if rank() > 0:
         return None
     figure = plot({"RL, training episodes": [summary(run.rows, config.env)]})
@@ -692,7 +706,7 @@ def sft_cache(config, out):
     settings = {name: getattr(config, name) for name in names}
 
     # What is no setting, but changes the weights as well
-    settings["base"] = getattr(config, "base", None)  # `model_identity`; a CNN has none
+    settings["base"] = getattr(config, "base", None)  # see `model_identity`; a CNN has none
     settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
     if "alfworld" in config.env:
@@ -768,6 +782,7 @@ class Run:
         self.began = time.time()
         self.rows = []               # the lines of metrics.jsonl
         checkpoint = None
+        # stage: None before the first checkpoint, then "sft" or "rl"; metrics: bytes of the file
         state = {"stage": None, "metrics": 0}
 
         if rank() == 0:  # the other processes write nothing
@@ -857,9 +872,9 @@ class Run:
             header = {
                 "stage": stage,
                 "metrics": self.metrics.tell(),
-                "processes": [state for _, state in everyone],
+                "processes": [process_state for _, process_state in everyone],
             }
-            content = serialize(tensors, {"state": json.dumps(header)})
+            content = serialize(tensors, {"state": json.dumps(header)})  # as safetensors
             digest = hashlib.sha256(content).hexdigest()[:16]
             scratch = self.out / "checkpoint.tmp"
             with scratch.open("wb") as file:
@@ -886,7 +901,8 @@ class Run:
             raise Refused(f"the run had {len(states)} processes, not {world_size()}")
         state = states[rank()]
 
-        # Sort the tensors: weights of the policy, and the optimiser's moments of each parameter
+        # Sort the tensors: weights of the policy, and the optimiser's moments of each parameter.
+        # Their names are policy.NAME and optimizer.INDEX.NAME, see `tensors_of`.
         moments = {}
         weights = {}
         for key, x in load_file(self.checkpoint_file).items():
@@ -897,7 +913,7 @@ class Run:
             else:
                 weights[name] = x
 
-        policy.load_state_dict(weights, strict=False)
+        policy.load_state_dict(weights, strict=False)  # the file lacks what is not trained
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         set_random_states(state["torch_rng"])
@@ -926,7 +942,10 @@ def random_states():
 
 
 def set_random_states(states):
-    """Undo `random_states`; on a machine with other devices only the CPU's is the same."""
+    """Set the generators to what `random_states` returned.
+
+    If there was a GPU only then, or is one only now, the CPU's generator alone is set.
+    """
     torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
     if torch.cuda.is_available() and len(states) > 1:
         torch.cuda.set_rng_state(torch.tensor(states[1], dtype=torch.uint8))
@@ -988,10 +1007,7 @@ def progress_line(env_steps, stats, seconds):
 
 
 def memory_plan(policy, config):
-    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict.
-
-    The numbers of values that a token keeps were measured in bfloat16, for a layer of width D.
-    """
+    """Expected peak in GB (10^9 bytes) of the model's device, and its parts as a dict."""
     if config.policy == "cnn":
         return 0.2, {"CNN": 0.2}
     model = policy.model
@@ -1018,17 +1034,21 @@ def memory_plan(policy, config):
     if not config.sft_lora:
         trained = max(trained, model.num_parameters())  # SFT trains every weight
 
-    # Activations of a sample. With checkpoints: the input of every layer, and one layer in full
-    activations = tokens * width * (60 + layers)
+    # Activations of a sample, in values. Measured in bfloat16, a token keeps 36 values in a layer
+    # and 24 outside of the layers, and a patch of the picture 30 in a layer, each times the width.
+    # With checkpoints, all layers keep only their input, but one at a time is there in full.
+    activations = tokens * width * (24 + 36 + layers)
     if not config.gradient_checkpointing:
+        # Models name these differently; Qwen says depth, some give a patch's height and width
         vision = getattr(model.config, "vision_config", None)
         vision_width = getattr(vision, "hidden_size", 1024)
         vision_layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 24)
         patch_size = np.ravel(getattr(vision, "patch_size", 14))[0]
-        patches = inputs[0]["pixel_values"].numel() / 3 / patch_size ** 2
+        num_pixels = inputs[0]["pixel_values"].numel() / 3  # of three colours each
+        num_patches = num_pixels / patch_size ** 2
         activations = tokens * width * (24 + 36 * layers)
-        activations += patches * vision_width * 30 * vision_layers
-    logits = 3 * 4 * config.max_new_tokens * text.vocab_size  # three float32 copies
+        activations += num_patches * vision_width * 30 * vision_layers
+    logit_bytes = 3 * 4 * config.max_new_tokens * text.vocab_size  # three float32 copies
 
     # Sampling: the cache of keys and values, and one layer that reads the prompts
     heads = text.num_key_value_heads
@@ -1041,9 +1061,9 @@ def memory_plan(policy, config):
 
     parts = {
         "weights": weights,
-        "adapter and optimiser": 16 * trained,
+        "adapter and optimiser": 4 * 4 * trained,  # weight, gradient, two moments of 4 bytes each
         "KV cache and prompts": num_envs * cache * bytes_per_value,
-        "activations": microbatch * (activations * bytes_per_value + logits),
+        "activations": microbatch * (activations * bytes_per_value + logit_bytes),
     }
     parts = {name: count / 1e9 for name, count in parts.items()}
     # Sampling and training take turns, so only the larger of the two counts
@@ -1094,7 +1114,7 @@ def configure(argv):
 
 
 def resume(parser, directory, argv):
-    """The configuration of a run that goes on is its own."""
+    """The configuration for --resume: that of the run. Flags in `argv` must agree with it."""
     try:
         kept = read_config(directory)
     except (OSError, ValueError, TypeError):
@@ -1118,7 +1138,7 @@ def resume(parser, directory, argv):
 
 
 def settings_of(args):
-    """The settings of a run alone, without what chooses or repeats it."""
+    """The flags that are settings of one run: all but --out, --resume and those of a sweep."""
     settings = dict(vars(args))
     for name in ("out", "resume", "sweep", "seeds", "quick"):
         del settings[name]
@@ -1137,6 +1157,7 @@ def check(parser, config):
     """End with one line where settings do not fit together."""
     if config.policy == "cnn":
         game = env.GAMES.get(config.env)  # None for several tasks
+        # A game whose actions change has a method legal_actions of its own
         if game is None or game.legal_actions is not env.Game.legal_actions:
             parser.error("--policy cnn plays one task whose actions never change")
     if config.policy == "cnn" and config.kl_coef:
@@ -1193,15 +1214,16 @@ def run_in(config, out):
         raise Refused(f"{out} holds a finished run: begin a new one with another --out")
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # Beside bfloat16 weights, float32 products with 11 bits are exact enough and five times as
-        # fast
+        # "high": float32 products may round to 11 bits (TF32) and are five times as fast. That is
+        # exact enough beside base weights of bfloat16, which have 8 bits.
         torch.set_float32_matmul_precision("high" if config.dtype == "bfloat16" else "highest")
 
     weights = None
     try:
+        # config.json keeps `base`, the weights that a run begins with: --resume has it already
         if getattr(config, "base", None) is None and config.policy == "vlm":
             config.base = model_identity(config.model)
-        weights = from_first_process(kept_weights(config, out))  # others might not see the same
+        weights = from_first_process(kept_weights(config, out))  # on all machines the same
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
         source = weights or config.model
@@ -1210,7 +1232,8 @@ def run_in(config, out):
     needed, parts = memory_plan(policy, config)
     available = psutil.virtual_memory().total / 1e9
     if config.device == "cuda":
-        available = torch.cuda.mem_get_info()[1] / 1e9
+        _, total = torch.cuda.mem_get_info()  # (free bytes, all bytes)
+        available = total / 1e9
     if needed > available:
         raise Refused(f"{needed:.0f} GB do not fit into the {available:.0f} of {config.device}: "
                       f"{ADVICE}")
@@ -1266,6 +1289,7 @@ def connect_processes():
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # rollouts are gathered on the CPU
+    # The timeout is long: the others wait while the first process evaluates
     dist.init_process_group(backend, timeout=timedelta(hours=12))
     atexit.register(dist.destroy_process_group)  # its threads could abort a process that ends
 
@@ -1282,8 +1306,10 @@ def sweep(args, argv):
         parser.error("--sweep needs --out")
     if args.quick:
         small = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50"
-        argv = small.split() + argv
-    if "--seed" in argv or any(axis.startswith("seed=") for axis in args.sweep):
+        argv = small.split() + argv  # of a flag that comes twice the last one counts: the user's
+    parser.set_defaults(seed=None)
+    has_seed = parser.parse_args(argv).seed is not None
+    if has_seed or any(axis.startswith("seed=") for axis in args.sweep):
         parser.error("--sweep takes its seeds from --seeds")
 
     # Check all settings before the first run
@@ -1293,6 +1319,7 @@ def sweep(args, argv):
         flag, _, values = axis.partition("=")
         for value in values.split(","):
             for seed in seeds:
+                # `configure` drops --sweep and --out; each run gets a folder of its own
                 config, _ = configure([*argv, f"--{flag}", value, "--seed", seed])
                 folder = args.out / f"{flag}-{value}-seed{seed}"
                 settings.append((flag, value, config, folder))
@@ -1308,7 +1335,7 @@ def sweep(args, argv):
 
     if rank() == 0:
         command = f"python train.py {' '.join(sys.argv[1:])}"
-        text = sweep_table(runs, config.eval_episodes, ",".join(seeds), command)
+        text = sweep_table(runs, ",".join(seeds), command)
         (args.out / "table.md").write_text(text)
         (args.out / "table.json").write_text(json.dumps(runs, indent=1))
         plot(runs).savefig(args.out / "curves.png", dpi=110)

@@ -96,7 +96,7 @@ def test_built_in_games_come_from_their_seeds_and_unseen_rooms_are_other_rooms()
 
 def test_task_types_come_equally_often():
     game = env.ALFWorldEnv()
-    game._load, game._begin = lambda name: ({},), lambda *_: None
+    game._load, game._begin = lambda name: ({}, None), lambda *_: None
     rng, drawn = np.random.default_rng(0), []
     game.np_random = rng
     for _ in range(1200):

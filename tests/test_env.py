@@ -605,11 +605,11 @@ def test_a_snapshot_does_not_change_when_the_game_goes_on():
         assert json.dumps(kept) == before
 
 
-def test_snapshots_hold_what_the_class_names():
-    for name in GAMES:
-        game = env.GAMES[name]()
-        game.reset(seed=0)
-        assert set(game.snapshot()) == {"over", "episode_return", "chance", *game.saved}
+@pytest.mark.parametrize("name", GAMES)
+def test_snapshots_hold_what_the_class_names(name):
+    game = env.GAMES[name]()
+    game.reset(seed=0)
+    assert set(game.snapshot()) == {"over", "episode_return", "chance", *game.saved}
 
 
 def test_other_observations_are_refused_by_name():
@@ -617,27 +617,27 @@ def test_other_observations_are_refused_by_name():
         env.BlackjackEnv(obs="picture")
 
 
-def test_a_games_specification_can_be_written_and_read():
-    for name in GAMES:
-        game = gym.make(env.env_id(name), obs="text")
-        again = gym.make(gym.envs.registration.EnvSpec.from_json(game.spec.to_json()))
-        assert type(again.unwrapped) is env.GAMES[name] and again.unwrapped.obs == "text"
+@pytest.mark.parametrize("name", GAMES)
+def test_a_games_specification_can_be_written_and_read(name):
+    game = gym.make(env.env_id(name), obs="text")
+    again = gym.make(gym.envs.registration.EnvSpec.from_json(game.spec.to_json()))
+    assert type(again.unwrapped) is env.GAMES[name] and again.unwrapped.obs == "text"
 
 
-def test_the_mask_tells_the_legal_actions_of_a_space_that_stays(monkeypatch):
+@pytest.mark.parametrize("name", [*GAMES, "lamp"])
+def test_the_mask_tells_the_legal_actions_of_a_space_that_stays(name, monkeypatch):
     monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
     env.register(LampEnv)
-    for name in [*GAMES, "lamp"]:
-        game = gym.make(env.env_id(name), obs="text")
-        _, info = game.reset(seed=0)
-        game.action_space.seed(0)
-        size, over = game.action_space.n, False
-        while not over:
-            mask = info["action_mask"]
-            assert mask.dtype == np.int8 and mask.shape == (size,) and game.action_space.n == size
-            assert mask.sum() == len(info["legal_actions"]) and mask[:mask.sum()].all()
-            *_, terminated, truncated, info = game.step(game.action_space.sample(mask))
-            over = terminated or truncated
+    game = gym.make(env.env_id(name), obs="text")
+    _, info = game.reset(seed=0)
+    game.action_space.seed(0)
+    size, over = game.action_space.n, False
+    while not over:
+        mask = info["action_mask"]
+        assert mask.dtype == np.int8 and mask.shape == (size,) and game.action_space.n == size
+        assert mask.sum() == len(info["legal_actions"]) and mask[:mask.sum()].all()
+        *_, terminated, truncated, info = game.step(game.action_space.sample(mask))
+        over = terminated or truncated
 
 
 def test_a_class_of_another_file_registers(monkeypatch):

@@ -215,13 +215,13 @@ def test_what_an_expert_would_not_say_is_marked():
 
 
 def results(rate):
-    return {"success_rate": rate, "illegal_rate": 0.25}
+    return {"success_rate": rate, "illegal_rate": 0.25, "episodes": 50}
 
 
 def test_the_table_of_a_sweep():
     runs = {"points24, ratio step": [{"task": "points24", "curve": [], "random": results(0.5), "RL": results(rate)} for rate in (0.6, 0.7)],
             "cnn": [{"task": "blackjack", "curve": [], "random": results(0.4), "CNN + RL": results(0.25)}]}
-    assert evaluation.sweep_table(runs, 50, "1,2", "python train.py --x").splitlines() == [
+    assert evaluation.sweep_table(runs, "1,2", "python train.py --x").splitlines() == [
         "| | random | RL | CNN + RL | RL: illegal | paper, 7B, other pictures |", "|---|---|---|---|---|---|",
         "| points24, ratio step | 50.0 % (50.0, 50.0) | 65.0 % (60.0, 70.0) |  | 25.0 % | 2.3 % |",
         "| cnn | 40.0 % (40.0) |  | 25.0 % (25.0) | 25.0 % |  |", "",

@@ -338,7 +338,8 @@ train.main()""")
     (["--sweep", "cot-scale=0", "ratoi=token"], "ratoi"),
     (["--sweep", "cot-scale=0", "clip=x"], "x"),
     (["--sweep", "seed=1,2"], "--seeds"),
-    (["--sweep", "cot-scale=0", "--seed", "7"], "--seeds")])
+    (["--sweep", "cot-scale=0", "--seed", "7"], "--seeds"),
+    (["--sweep", "cot-scale=0", "--seed=7"], "--seeds")])
 def test_a_sweep_checks_all_settings_before_the_first_run(flags, words, tmp_path, capsys):
     line = [*QUICK[:-2], "--env", "numberline", "--out", str(tmp_path / "sweep"), *flags]
     with pytest.raises(SystemExit) as stop:
