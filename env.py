@@ -66,9 +66,9 @@ class Game(gym.Env):
                    self.np_random, so that a seed fixes the episode.
     play(action)   plays the text `action`; returns (reward, terminated, truncated)
     state()        returns the true state behind the picture, as a dict for `info`
-    draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: deal() draws
-                   it, and `saved` keeps it. The embedded model sees patches of 60 x 60 pixels, so
-                   what matters should be about as large.
+    draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: what is
+                   random is set by deal(), and kept by `saved`. The embedded model sees patches of
+                   60 x 60 pixels, so what matters should be about as large.
     marks          for obs="marked", see below; optional
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
@@ -511,7 +511,7 @@ class Games:
 
     name: a task, or several with commas between them; game i plays task i modulo their number.
     num_envs: N. seeds: an iterator, such as episode_seeds(...): each game takes one seed for its
-    first episode. An int n means the seeds n, n + 1, ...
+    first episode. An int n means the seeds n, n + 1, ... What `step` gets decides on later ones.
     evaluation: play the episodes that are kept for evaluation.
     first, total: if several processes share the games, the number of this process's first game,
     and how many they have together.
@@ -550,8 +550,8 @@ class Games:
     def step(self, actions, seeds=None, restart=False):
         """Play one text action in each game, then begin new episodes where one ended.
 
-        seeds: an iterator; each new episode takes the next seed. None: it goes on with the chance
-        of its game.
+        seeds: an iterator; each new episode takes the next seed (evaluation). None: it goes on with
+        the random numbers of its game (training).
         restart: (N,) bool, games that begin a new episode before theirs has ended.
 
         Returns a dict of what the step gave, before any new episode: `rewards`, `terminated`,

@@ -101,8 +101,9 @@ class VLMPolicy(nn.Module):
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
 
-        # The language head computes in float32. bfloat16 has 8 bits of precision: divided by a low
-        # temperature, the rounding of a logit alone could move a ratio out of the clip range.
+        # The language head, from hidden states to logits, computes in float32. bfloat16 has 8 bits
+        # of precision: divided by a low temperature, the rounding of a logit alone could move a
+        # ratio out of the clip range.
         self.head = model.get_output_embeddings()
         if self.head.weight.dtype != torch.float32:
             self.head = copy.deepcopy(self.head).float().requires_grad_(False)
@@ -123,6 +124,7 @@ class VLMPolicy(nn.Module):
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
 
         self.checkpointed_layers = []  # filled by `checkpoint_gradients`
+        # Only Qwen's models have these, see `next_input`
         self.position_counters = [m for m in model.modules() if hasattr(m, "rope_deltas")]
 
     # -- Sampling ----------------------------------------------------------------------------------
@@ -160,8 +162,8 @@ class VLMPolicy(nn.Module):
         # Read the prompts. The cache keeps what attention computed for them (keys and values), so
         # each new token needs a pass over itself alone. The prompts are padded on the left, so the
         # last hidden state of a row is that of its prompt's last token. The attention mask hides
-        # the padding. What counts for attention is how far two tokens are apart, and padding on
-        # the left does not change that.
+        # the padding. Positions are relative (RoPE): attention sees how far two tokens are apart,
+        # and padding on the left does not change that.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
@@ -189,7 +191,7 @@ class VLMPolicy(nn.Module):
 
             # Let the model read this token; all tokens before it are in the cache
             attention_mask = pad(attention_mask, (0, 1), value=1)              # (N, tokens so far)
-            batch = self.next_input(token, attention_mask)  # as a dict
+            batch = self.next_input(token, attention_mask)  # what the model wants for one token
             hidden = self.hidden_states(batch, keep=1, past_key_values=cache)  # (N, 1, D)
 
         tokens = torch.cat(tokens, 1).cpu()                                    # (N, L)
@@ -258,9 +260,9 @@ class VLMPolicy(nn.Module):
     def backbone(self):
         """The model without its language head.
 
-        PEFT is the library that adds LoRA (the adapter). It wraps the model, and puts the adapter
-        into the model's layers. Without the wrapper (`get_base_model`) the adapter is still there.
-        `base_model` is the part below the head.
+        PEFT is the library that adds LoRA (the adapter). It puts the adapter into the model's
+        layers, and a wrapper around the model. `get_base_model` takes the wrapper off; the adapter
+        stays. Then `base_model`, of transformers, is the part below the head.
         """
         model = self.model
         if isinstance(model, PeftModel):
@@ -308,7 +310,7 @@ class VLMPolicy(nn.Module):
         bos = self.tokenizer.bos_token  # begin of sequence; some chat templates write it already
         template_has_bos = bool(bos) and texts[0].startswith(bos)
         batch = self.processor(
-            images=[[image] for image in images],
+            images=[[image] for image in images],  # a list of pictures for each text
             text=texts,
             add_special_tokens=not template_has_bos,  # else there would be two of them
             padding=True,
@@ -359,9 +361,10 @@ class VLMPolicy(nn.Module):
         return Answer(inputs, tokens, self.count_cot_tokens(ids), self.decode(ids))
 
     def count_cot_tokens(self, ids):
-        """How many tokens are thoughts: those that end before `"action":` begins; all without one.
+        """How many tokens are thoughts: those that end before `"action":` begins.
 
-        A token that holds the end of the thoughts and the key's beginning is of the action.
+        A token that holds the end of the thoughts and the key's beginning is of the action. If
+        there is no key, all tokens are thoughts.
         """
         start = action_start(self.decode(ids))
 
@@ -479,11 +482,12 @@ def forbidden_tokens(vocab_size, tokenizer, eos_ids):
     """A mask (V,) to add to the logits: -infinity for tokens that must not be sampled, else 0.
 
     A sampled image placeholder would crash the next forward pass. Never sampled are special tokens
-    except end-of-sequence, added tokens except white space (Gemma's), and ids without a token.
+    except end-of-sequence; tokens that were added to the vocabulary, except white space (Gemma has
+    such); and ids for which the tokenizer has no token.
     """
     forbidden_ids = set(tokenizer.all_special_ids)
     for token_id, token in tokenizer.added_tokens_decoder.items():
-        is_white_space = not token.content.replace("\u2581", " ").strip()
+        is_white_space = not token.content.replace("\u2581", " ").strip()  # this sign is a space
         if token.special or not is_white_space:
             forbidden_ids.add(token_id)
     forbidden_ids |= set(range(len(tokenizer), vocab_size))

@@ -29,7 +29,7 @@ class Rollout:
     logp_action: torch.Tensor    # log p(v_act | o, v_in, v_tht) under the policy that sampled
     values: torch.Tensor         # V(s_t)
     next_values: torch.Tensor    # V(s_{t+1}); any number where the episode terminated
-    rewards: torch.Tensor        # r_t, in the task's own units
+    rewards: torch.Tensor        # r_t as the game gives it, not scaled
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows
     truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
 
@@ -50,8 +50,11 @@ def compute_gae(rollout, gamma, gae_lambda):
         A_t     = delta_t + gamma * gae_lambda * A_{t+1}   A_{t+1} = 0 after the end of an episode
         R_t     = A_t + V(s_t)
 
-    A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}). With
-    gae_lambda = 1 the values between cancel each other: A_t is the discounted return minus V(s_t).
+    A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}).
+
+    With gae_lambda = 0 an advantage is one delta: little noise, but the errors of V count. With
+    gae_lambda = 1 it is the discounted return minus V(s_t), because the values between cancel each
+    other: more noise, but V's errors do not count.
     """
     # A termination ends the future of a state; a truncation does not
     next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
@@ -93,7 +96,8 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
-    # Fit the value to the return; here too the larger loss counts
+    # Fit the value to the return. Here too the larger loss counts: it is constant once V has moved
+    # by more than value_clip towards R.
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -103,9 +107,9 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # KL(pi_old, pi_new) is the mean of -log_ratio. We add ratio - 1. Its mean over answers of
-        # pi_old is 0, and no term is negative then, because x - 1 >= log(x).
-        # (For lambda < 1 it is a measure of distance like the KL.)
+        # KL(pi_old, pi_new) is the mean of -log_ratio over answers of pi_old. The mean of the ratio
+        # is sum pi_old * pi_new / pi_old = 1. So adding ratio - 1 keeps the mean, and no term is
+        # negative then, because x - 1 >= log(x). (For lambda < 1 it is a distance like the KL.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
         "entropy": new.entropy,  # for the report; some PPO losses reward it, the paper's does not
@@ -118,9 +122,10 @@ def kl_to_sft(logp_cot, sft_logp_cot):
     Nothing rewards well-formed thoughts, so they drift until answers are illegal. A small weight
     on this term keeps what SFT has taught; the action stays free.
 
-    The gradient of KL(p, p_SFT) is the mean of (log p - log p_SFT) * grad log p over samples of p.
-    This is the mean gradient of the term below. (The samples are of the policy before the update,
-    so it is exact for the first step of an update, and close to it later.)
+    The gradient of KL(p, p_SFT) is the mean of (log p - log p_SFT) * grad log p over samples of p
+    (the gradient of the first log p adds nothing: its mean is 0). The term below has this gradient.
+    The samples are of the policy before the update, so it is exact for the first step of an update,
+    and close to it later.
     """
     return 0.5 * (logp_cot - sft_logp_cot) ** 2
 

@@ -1,7 +1,7 @@
 """What the model reads, and what is made of its answer: prompts, demonstrations, the parser f.
 
     info = {"env": "blackjack", "obs": "image", "legal_actions": ["stand", "hit"],
-            "player": ["10H", "6S"], "player_total": 16, "dealer_card": "9D", "success": False}
+            "player": ["KH", "6S"], "player_total": 16, "dealer_card": "9D", "success": False}
     prompt = build_prompt(info)                     # v_in, without the picture
     answer = demonstration(info, "hit")             # v_out of an expert, for SFT
     action, was_legal = parse_action(answer, info["legal_actions"], rng)    # the paper's f
@@ -97,7 +97,7 @@ def points_task(game, count, entries):
         plan = env.solve(info["numbers"], target, formula, game.max_entries)
         if plan is None:
             return f"{hand} cannot make {target}, write ="
-        done = "".join(formula)
+        done = "".join(formula)  # the plan begins with it
         rest = [*plan, "="][len(formula):]
         return f"{hand} make {target}: {done} > {''.join(rest)}, write {rest[0]}"
 
@@ -149,7 +149,7 @@ TASKS = {
     ),
 }
 
-# The embedded model has one tokenizer for these tasks. A new task needs no entry: it gets its own.
+# The embedded model has one tokenizer for these four tasks. Any other task gets one of its own.
 CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")
 
 # -------------------------------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# text of n spaces would cost n * n steps.) A bare key stands at the start of a line, or after { or
-# a comma.
+# text of n spaces would cost n * n steps.) The braces are doubled in an f-string alone. A bare key
+# stands at the start of a line, or after { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)

@@ -316,7 +316,8 @@ def sft(policy, config, run):
             if not plays_demonstration[i]:
                 actions[i] = env.expert_action(info)
 
-        # Some games begin anew at once: at first SFT sees mostly first states, which are easier
+        # After this step a share of the games is dealt anew: `sft_restart` at the beginning of SFT,
+        # 0 at its end. So SFT begins with first states, which are easier.
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
         games.step(actions, restart=rng.random(num_envs) < restart_share)
 
@@ -397,7 +398,8 @@ class Collector:
             truncated.append(step["truncated"])
             final_values.append(self.values_at_time_limit(step))
 
-            # 6. Count the episodes that ended (step["infos"] still tells of them)
+            # 6. Count the episodes that ended. Where one has, self.games.infos tells of the next
+            # one already; step["infos"] still tells of the last.
             self.episode_returns += reward
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.episode_returns[i]))
@@ -518,7 +520,7 @@ def reinforce(policy, config, run):
         collector.restore(state)
 
     def checkpoint(update):
-        index = config.sft_steps + 1 + update  # after those of SFT, 1 to sft_steps
+        index = config.sft_steps + 1 + update  # numbers go on from SFT, which has 1 to sft_steps
         run.checkpoint("rl", index, policy, optimizer, update=update, **collector.state())
 
     if first_update == 0:
@@ -591,8 +593,8 @@ def train(policy, config, run, weights=None):
     if config.policy == "cnn":
         return train_cnn(policy, config, run)
 
-    # Stage 1: imitate demonstrations, unless the policy has the weights already: from another run
-    # with the same settings, or from this one, if it was stopped in stage 2
+    # Stage 1: imitate demonstrations. If `weights` is given, this was done already: by another run
+    # with the same settings, or by this run, which was stopped in stage 2.
     if weights is None:
         if config.sft_lora:
             policy.add_lora(config.lora_rank, config.lora_alpha)
