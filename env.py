@@ -894,10 +894,10 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
 # numberline   always "+": no fixed probability of "+" is better
 # blackjack    always "stand": to hit once, or twice, and then to stand is worse
 # ezpoints     the best play of all that read the formula
-# points24     a lower bound. This player offers the numbers from 10 down to 1, and writes the best
-#              formula of what was taken, with at most two pairs of brackets. Other orders were not
-#              tried. The best formula that is chosen before the game, "10+10+10-6", is right in
-#              0.90 % of the deals.
+# points24     a lower bound. This player tries the numbers 10, 9, ... 1; one that is on a card
+#              stays in the formula. Between them it writes the signs, and at most two pairs of brackets,
+#              that are right most often. Other orders were not tried. The best formula that is
+#              chosen before the game, "10+10+10-6", is right in 0.90 % of the deals.
 BLIND = {
     "numberline": 0.5,
     "blackjack": 0.3807,
@@ -985,8 +985,8 @@ def shortest_formula(numbers, target, beginning):
 
     Of several that are equally short, it is the first in the order of Python's tuples.
     """
-    # Was the best formula before the last entry one that goes on with this entry? Then it is still
-    # the best.
+    # `earlier` is the best formula for the beginning without its last entry. If there is none,
+    # there is none here. If it goes on with just this last entry, it is the best here too.
     if beginning:
         earlier = shortest_formula(numbers, target, beginning[:-1])
         if earlier is None or earlier[:len(beginning)] == beginning:
@@ -1312,6 +1312,7 @@ class ALFWorldEnv(Game):
         return game.get("solvable", True)
 
     def _load(self, name):
+        """(game, trajectory): what a game's two files hold, see `_begin`."""
         if self.data:
             return data_game(self.data / name)
         return kept_game(self.split, name)
@@ -1410,9 +1411,10 @@ class ALFWorldEnv(Game):
         if self._task_type == "light":
             self._goal = goal["toggle_target"].lower()
 
-        # Load the game. Loading a grammar takes 50 ms, so `speed_up_textworld` keeps those that
-        # were loaded. Grammars differ only in the task, which was read above. Without it all games
-        # have the same grammar. If the game's file has its grounded form, GROUNDED passes it on.
+        # Load the game. Loading a grammar takes 50 ms. Two games' grammars differ only in the task,
+        # which was read above. With the same words in its place all games have one grammar, and
+        # `speed_up_textworld` loads it once. If the game's file has the grounded problem, GROUNDED
+        # holds it for `load`, which then does not call the planner.
         sentence = "Your task is to: "
         grammar = game["grammar"].replace(sentence + self._task, sentence + "UNKNOWN GOAL")
         GROUNDED.clear()
@@ -1426,7 +1428,7 @@ class ALFWorldEnv(Game):
         # Look around
         receptacles = [e.name for e in self._entities.values() if e.type == "receptacle"]
         self._receptacles = sorted(receptacles)
-        self._operators = []  # what was played, in the engine's numbers
+        self._operators = []  # of each action played: its number in the engine, of how many effects
         self._seen = set()    # the receptacles in which the agent has looked
         self._place = ""      # the receptacle in front of the agent
         self.played = []
@@ -2117,14 +2119,14 @@ def speed_up_textworld():
         from textworld.envs.pddl import logic, textgen
         from textworld.logic import Rule
 
-    # Translate each problem once, not twice at every reset: 15 ms for a reset without it, 10 with.
-    # `pddl2sas` returns the parsed problem, and its grounded form as a text.
+    # `pddl2sas` parses a problem and grounds it; it returns both results. The engine calls it twice
+    # at every reset. Keep what it returned: 15 ms for a reset without this, 10 with.
     original_pddl2sas = fast_downward.pddl2sas
 
     @lru_cache(maxsize=512)  # 0.15 MB each; in the data set's rooms up to 2 MB
     def translate(domain, problem):
-        # Ground a problem only if its file has no result: 61 ms for a reset without it, 10 with.
-        # With a result, the problem must still be parsed.
+        # If the game's file has the grounded form, only parse: 61 ms for a reset without this, 10
+        # with.
         if problem not in GROUNDED:
             argv = sys.argv
             try:

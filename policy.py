@@ -415,8 +415,9 @@ class VLMPolicy(nn.Module):
     def prepare_checkpoints(self):
         """Switch gradient checkpointing on for a pass with gradients, else off.
 
-        The library uses it only in layers in training mode, and allows no cache there. So the flag
-        of the layers is set; that of the parts inside, such as dropout, stays off.
+        The library uses it only in a layer whose attribute `training` is true, and allows no cache
+        there. This sets the attribute of the layer alone: `layer.train()` would also switch on the
+        dropout inside.
         """
         for layer in self.checkpointed_layers:
             layer.training = torch.is_grad_enabled()
@@ -448,8 +449,8 @@ class VLMPolicy(nn.Module):
         batch = {"input_ids": token, "attention_mask": attention_mask}
         for module in self.position_counters:
             if module.rope_deltas is not None:
-                # The token's place in its row, without padding. Qwen has three positions for a
-                # token: time, row and column. For text they are equal.
+                # How many tokens stand before this one, without padding. Qwen has three positions
+                # for a token: time, row and column. For text they are equal.
                 place = attention_mask.sum(1, keepdim=True) - 1                # (N, 1)
                 position = place + module.rope_deltas                          # (N, 1)
                 batch["position_ids"] = position.expand(3, -1, -1)             # (3, N, 1)

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import huber_loss
+
+KL_LIMIT = 5.0  # nats; see `kl_to_sft`
 
 
 @dataclass
@@ -120,14 +123,19 @@ def kl_to_sft(logp_cot, sft_logp_cot):
     """How far the thoughts have drifted from those of the SFT policy, (N,).
 
     Nothing rewards well-formed thoughts, so they drift until answers are illegal. A small weight
-    on this term keeps what SFT has taught; the action stays free.
+    on this term keeps what SFT has taught; the action stays free. With x = log p - log p_SFT it is
 
-    The gradient of KL(p, p_SFT) is the mean of (log p - log p_SFT) * grad log p over samples of p
-    (the gradient of the first log p adds nothing: its mean is 0). The term below has this gradient.
-    The samples are of the policy before the update, so it is exact for the first step of an update,
-    and close to it later.
+        x^2 / 2 where |x| <= KL_LIMIT, then a straight line      (Huber's loss)
+
+    The gradient of KL(p, p_SFT) is the mean of x * grad log p over samples of p (the gradient of
+    the log p within x adds nothing: its mean is 0). The gradient of x^2 / 2 is the same. The
+    samples are of the policy before the update, so it is exact for the first step of an update, and
+    close to it later.
+
+    The straight line is for thoughts that SFT would almost never write, with x of 100 or more.
+    With x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
     """
-    return 0.5 * (logp_cot - sft_logp_cot) ** 2
+    return huber_loss(logp_cot, sft_logp_cot, reduction="none", delta=KL_LIMIT)
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):
@@ -236,7 +244,7 @@ MAX_SKIPPED = 5        # broken mini-batches in a row before the run stops
 def is_broken(pieces, grad_norm):
     """Whether the gradient of a mini-batch is not finite, or a ratio exploded, in any process."""
     largest = max(piece["log_ratio"].max().item() for piece in pieces)
-    # The gradient is a sum over all processes, so all have its norm. Ratios are each one's own.
+    # All processes have the same gradient, their sum; each has ratios of its own
     return not math.isfinite(grad_norm) or max(gather(largest)) > MAX_LOG_RATIO
 
 
@@ -333,8 +341,9 @@ def auto_cot_scale(token_logps, num_cot_tokens):
     """The lambda at which thoughts and action add equal noise to the policy gradient, at most 1.
 
     A step's gradient is A (lambda s_cot + s_act). Here s = grad log p is the score, summed over
-    the tokens of the thoughts or of the action. Given all tokens before it, a token's score has
-    mean zero. So the product of two tokens' scores has mean zero too, and variances add up:
+    the tokens of the thoughts or of the action. (A multiplies both alike and is left out below.)
+    Take two tokens: whatever the earlier one is, the later one's score has mean zero. So their
+    product has mean zero, and variances add up:
 
         Var(lambda s_cot + s_act) = lambda^2 F_cot + F_act
         F_cot = sum of E |s|^2 over the tokens of the thoughts; F_act is that of the action
@@ -342,9 +351,10 @@ def auto_cot_scale(token_logps, num_cot_tokens):
     Equal noise is lambda^2 F_cot = F_act, so lambda = sqrt(F_act / F_cot).
 
     To estimate F we take the gradient with respect to the logits, not to the weights: this is an
-    approximation. There a token's score is onehot(token) - p. Its squared length is on average
-    1 - sum p^2, and so is 1 - p(sampled token). Thoughts of which the model is sure add no noise,
-    however long they are.
+    approximation. There a token's score is onehot(token) - p, of squared length
+    1 - 2 p(token) + sum p^2. The mean of p(token) is sum p^2, so this is 1 - sum p^2 on average.
+    So is 1 - p(token), which needs only what was stored. Thoughts of which the model is sure add
+    no noise, however long they are.
 
     token_logps: list of (L,) log-probabilities of sampled answers; num_cot_tokens: how many of each
     are thoughts.
@@ -437,7 +447,7 @@ def main():
         logp_cot=torch.zeros(5, 1),
         logp_action=torch.zeros(5, 1),
         values=column(0.5, 0.8, 0.2, 0.3, 0.1),
-        next_values=column(0.8, 9.0, 0.3, 0.4, 0.6),
+        next_values=column(0.8, 9.0, 0.3, 0.4, 0.6),  # 9.0 must not count
         rewards=column(0.0, 1.0, 0.0, -1.0, 0.0),
         terminated=column(False, True, False, False, False),
         truncated=column(False, False, False, True, False),

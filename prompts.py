@@ -67,11 +67,11 @@ def numberline_thoughts(info):
 
 
 def blackjack_thoughts(info):
-    """What the hand is worth: "hard 16 against 9, may bust".
+    """What the hand is worth, and how strong the dealer is: "hard 16, may bust, against 9, strong".
 
-    Bust: above 21. Soft: an ace counts 11; hard: none does. Longer hands are added up card by
-    card, because a small model cannot add them at once: "12, 19, hard 20 against 10, may bust" for
-    7 5 7 A.
+    Bust: above 21. Soft: an ace counts 11; hard: none does. From 17 on a hand is good. A dealer
+    with 2 to 6 is weak: such hands often bust. Longer hands are added up card by card, because a
+    small model cannot add them at once: "12, 19, hard 20, good, against 10, strong" for 7 5 7 A.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = list(itertools.accumulate(numbers))
@@ -80,8 +80,12 @@ def blackjack_thoughts(info):
     partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])  # after the 2nd card, the 3rd
     kind = "soft" if info["player_total"] > sums[-1] else "hard"
     dealer_name = "A" if dealer == 1 else dealer
-    risk = "may" if sums[-1] > 11 else "cannot"  # with 11, even a ten makes only 21
-    return f"{partial_sums}{kind} {info['player_total']} against {dealer_name}, {risk} bust"
+    outlook = "may bust" if sums[-1] > 11 else "cannot bust"  # with 11, even a ten makes only 21
+    if info["player_total"] >= 17:
+        outlook = "good"
+    strength = "weak" if 2 <= dealer <= 6 else "strong"
+    return (f"{partial_sums}{kind} {info['player_total']}, {outlook}, "
+            f"against {dealer_name}, {strength}")
 
 
 def points_task(game, count, entries):
@@ -291,7 +295,7 @@ IDLE_WORDS = "well now so then okay right fine hmm".split()
 
 
 def chatty_thoughts(info):
-    """The thoughts behind four words that say nothing, each one of eight.
+    """Four idle words, then the thoughts. Each word is one of the eight IDLE_WORDS.
 
     The words are a checksum of the state. A model cannot compute it, so for the model they are
     random: it cannot give them a log-probability above -4 log 8 = -8.3 on average.

@@ -84,24 +84,27 @@ if torch.cuda.is_available():
 # and so does every model but the embedded one.
 PAPER = dict(
     device=BEST_DEVICE, cot_scale=0.5,
-    env_steps=15000, num_envs=16, temperature=0.2, max_new_tokens=256,
-    minibatch=128, microbatch=1, lr=1e-5, lr_end=1e-9, value_clip=0.1, max_grad_norm=0.01,
+    env_steps=15000, num_envs=16, rollout_steps=512, temperature=0.2, max_new_tokens=256,
+    epochs=4, minibatch=128, microbatch=1, lr=1e-5, lr_end=1e-9, value_clip=0.1, max_grad_norm=0.01,
     target_kl=0.0, kl_coef=0.0, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
     sft_steps=1000, sft_batch=128, sft_lora=True, sft_lr=2e-5, demo_noise=0.5,
 )
 
 # What a task changes, for each preset
 TASK_SETTINGS = {
-    ("tiny", "numberline"): dict(env_steps=6144),
+    ("tiny", "numberline"): dict(env_steps=4096),
     # Returns of 10 make squared errors of 100: they must not drown the policy's gradient
-    ("tiny", "ezpoints"): dict(value_coef=0.01),
-    ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800),
+    ("tiny", "ezpoints"): dict(env_steps=4096, value_coef=0.01),
+    ("tiny", "blackjack"): dict(sft_steps=600),
+    # The last two have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
-        value_coef=0.01, value_clip=10.0, temperature=0.4),
+        env_steps=15360, rollout_steps=512, temperature=0.4,
+        epochs=4, lr=3e-4, lr_end=3e-5, value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
-        demo_noise=0.5, sft_steps=1500, env_steps=12288, value_coef=0.001, value_clip=50.0,
-        temperature=0.8, eval_episodes=300),
+        demo_noise=0.5, sft_steps=1500,
+        env_steps=12288, rollout_steps=512, temperature=0.8,
+        epochs=4, lr=3e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
     ("paper", "alfworld"): dict(
@@ -168,30 +171,31 @@ def make_parser():
     setting(model, "--image-tiles", "one", "LLaVA-1.6 and Idefics3 cut a picture into tiles. "
             "one: read the whole alone, as in the paper; anyres: the tiles as well",
             choices=["one", "anyres"])
-    setting(model, "--alfworld", "text", "its engine: text, with drawings, or the simulator thor",
-            choices=["text", "thor"])
+    setting(model, "--alfworld", "text", "text: its text engine, beside drawings; thor: its "
+            "simulator", choices=["text", "thor"])
     setting(model, "--trust-remote-code", False, "run Python code of the model", **switch)
 
     rollout = parser.add_argument_group("rollout")
-    setting(rollout, "--env-steps", 15360, "environment steps in all", type=positive_int)
+    setting(rollout, "--env-steps", 10240, "environment steps in all", type=positive_int)
     setting(rollout, "--num-envs", 64, "environments played at a time", type=positive_int)
-    setting(rollout, "--rollout-steps", 512, "environment steps an update, over all environments",
+    setting(rollout, "--rollout-steps", 256, "environment steps an update, over all environments",
             type=positive_int)
-    setting(rollout, "--temperature", 0.5, "of sampling and all log-probabilities", type=positive)
+    setting(rollout, "--temperature", 0.3, "of sampling and all log-probabilities", type=positive)
     setting(rollout, "--max-new-tokens", 96, "the longest answer", type=positive_int)
 
     ppo = parser.add_argument_group("PPO")
-    setting(ppo, "--epochs", 4, "passes over a rollout", type=positive_int)
+    setting(ppo, "--epochs", 2, "passes over a rollout", type=positive_int)
     setting(ppo, "--minibatch", 64, "environment steps of one optimiser step", type=positive_int)
     setting(ppo, "--microbatch", 32, "environment steps of one forward pass", type=positive_int)
-    setting(ppo, "--lr", 3e-4, "learning rate at the start, cosine from there", type=positive)
-    setting(ppo, "--lr-end", 3e-5, "learning rate at the end", type=not_negative)
+    setting(ppo, "--lr", 8e-4, "learning rate at the start, cosine from there", type=positive)
+    setting(ppo, "--lr-end", 3e-4, "learning rate at the end", type=not_negative)
     setting(ppo, "--adam-eps", 1e-7, "epsilon of Adam", type=positive)
     setting(ppo, "--clip", 0.1, "range of the ratio: 1 - clip to 1 + clip", type=positive)
     setting(ppo, "--value-clip", 1.0, "how far a value may move in an update", type=positive)
     setting(ppo, "--value-coef", 0.5, "weight of the value loss; 0: off", type=not_negative)
     setting(ppo, "--max-grad-norm", 0.5, "gradient clipping; 0: off", type=not_negative)
-    setting(ppo, "--target-kl", 0.02, "end an update past 1.5 times this approx_kl; 0: off",
+    setting(ppo, "--target-kl", 0.02, "end an update where approx_kl, the distance from the policy "
+            "that sampled, exceeds 1.5 times this; 0: off",
             type=not_negative)
     setting(ppo, "--kl-coef", 0.1, "weight of KL(p, p_SFT) of the thoughts; 0: off",
             type=not_negative)
@@ -208,7 +212,7 @@ def make_parser():
     setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
     setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
             "to 0, so SFT sees the games' first states first", type=fraction)
-    setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
+    setting(sft, "--demo-noise", 0.85, "share of random actions in demonstrations", type=fraction)
 
     run = parser.add_argument_group("the run")
     add = run.add_argument
@@ -559,7 +563,7 @@ def reinforce(policy, config, run):
 
 
 def example_states(policy, config):
-    """Inputs of the model for many states: what the value head is standardised with.
+    """Inputs of the model for many states, for `VLMPolicy.standardise`.
 
     They come from games in which half of the actions are random. A rollout cannot give them: its
     values need the standardised head.
@@ -694,7 +698,7 @@ def finish(config, run):
 # -------------------------------------------------------------------------------------------------
 # SFT weights that are kept. The method does not need it.
 
-SFT_VERSION = 1  # to be raised when SFT, the demonstrations or the embedded model change
+SFT_VERSION = 2  # to be raised when SFT, the demonstrations or the embedded model change
 
 
 def sft_cache(config, out):
@@ -1036,9 +1040,10 @@ def memory_plan(policy, config):
     if not config.sft_lora:
         trained = max(trained, model.num_parameters())  # SFT trains every weight
 
-    # Activations of a sample, in values. Measured in bfloat16, a token keeps 36 values in a layer
-    # and 24 outside of the layers, and a patch of the picture 30 in a layer, each times the width.
-    # With checkpoints, all layers keep only their input, but one at a time is there in full.
+    # Activations of a sample, in values. What is kept for the backward pass was measured: a token
+    # keeps 36 * width values in each layer, and 24 * width outside of the layers. A patch of the
+    # picture keeps 30 * width in each vision layer. With checkpoints each layer keeps only its
+    # input; one layer at a time is there in full.
     activations = tokens * width * (24 + 36 + layers)
     if not config.gradient_checkpointing:
         # Models name these differently; Qwen says depth, some give a patch's height and width
@@ -1055,16 +1060,17 @@ def memory_plan(policy, config):
     # Sampling: the cache of keys and values, and one layer that reads the prompts
     heads = text.num_key_value_heads
     head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    cache = tokens * (2 * layers * heads * head_size + 36 * width)
+    keys_and_values = tokens * 2 * layers * heads * head_size
+    one_layer = tokens * 36 * width
 
     weights = model.get_memory_footprint()
-    if policy.head is not model.get_output_embeddings():  # its float32 copy
+    if policy.head is not model.get_output_embeddings():  # a float32 copy of a bfloat16 layer
         weights += policy.head.weight.nbytes
 
     parts = {
         "weights": weights,
         "adapter and optimiser": 4 * 4 * trained,  # weight, gradient, two moments of 4 bytes each
-        "KV cache and prompts": num_envs * cache * bytes_per_value,
+        "KV cache and prompts": num_envs * (keys_and_values + one_layer) * bytes_per_value,
         "activations": microbatch * (activations * bytes_per_value + logit_bytes),
     }
     parts = {name: count / 1e9 for name, count in parts.items()}
@@ -1132,7 +1138,7 @@ def resume(parser, directory, argv):
             parser.error(f"--{name.replace('_', '-')} {value} contradicts the run's {kept_value}: "
                          "leave it out, or begin a new run")
     if args.out or args.sweep or args.seeds or args.quick:
-        parser.error("--resume needs no other flag")
+        parser.error("--resume goes without --out, --sweep, --seeds and --quick")
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
         parser.error(f"the run was made on {config.device}, which is not there: "
                      "add --device cpu --dtype float32")
@@ -1222,7 +1228,7 @@ def run_in(config, out):
 
     weights = None
     try:
-        # config.json keeps `base`, the weights that a run begins with: --resume has it already
+        # `base` says with which weights the run begins. config.json keeps it for --resume.
         if getattr(config, "base", None) is None and config.policy == "vlm":
             config.base = model_identity(config.model)
         weights = from_first_process(kept_weights(config, out))  # on all machines the same
@@ -1348,7 +1354,8 @@ def train_once(parser, config, folder):
     """Train in `folder`, unless a finished run with the same settings is there."""
     if (folder / "config.json").exists():
         kept = read_config(folder, config.trust_remote_code)
-        config.base = getattr(kept, "base", None)
+        if hasattr(kept, "base"):  # set only when a run begins (a CNN has none): no setting
+            config.base = kept.base
         if vars(kept) != vars(config):
             parser.error(f"{folder} has other settings: choose another --out")
     if not (folder / "curve.png").exists():

@@ -14,6 +14,7 @@ from ppo import (
     auto_cot_scale,
     compute_gae,
     explained_variance,
+    kl_to_sft,
     normalise,
     ppo_loss,
     ppo_update,
@@ -289,3 +290,12 @@ def test_small_errors_of_a_right_value_function_are_not_blown_up():
     assert normalise(errors, torch.ones(2, 2)).abs().max() == pytest.approx(0.1)
     # in the task's own units: ten times the returns, ten times the errors
     assert normalise(10 * errors, 10 * torch.ones(2, 2)).abs().max() == pytest.approx(0.1)
+
+
+def test_one_strange_thought_does_not_outweigh_all_others():
+    logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    sft_logp = torch.tensor([-1.5, -2.0, -1000.0])
+    terms = kl_to_sft(logp, sft_logp)
+    assert terms.tolist() == [0.125, 0.0, 5 * (997 - 2.5)]  # x^2 / 2, then a straight line
+    terms.sum().backward()
+    assert logp.grad.tolist() == [0.5, 0.0, 5.0]  # its gradient is x, at most 5
