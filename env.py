@@ -895,9 +895,9 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
 # blackjack    always "stand": to hit once, or twice, and then to stand is worse
 # ezpoints     the best play of all that read the formula
 # points24     a lower bound. This player tries the numbers 10, 9, ... 1; one that is on a card
-#              stays in the formula. Between them it writes the signs, and at most two pairs of brackets,
-#              that are right most often. Other orders were not tried. The best formula that is
-#              chosen before the game, "10+10+10-6", is right in 0.90 % of the deals.
+#              stays in the formula. Between them it writes the signs, and at most two pairs of
+#              brackets, that are right most often. Other orders were not tried. The best formula
+#              that is chosen before the game, "10+10+10-6", is right in 0.90 % of the deals.
 BLIND = {
     "numberline": 0.5,
     "blackjack": 0.3807,

@@ -95,7 +95,7 @@ TASK_SETTINGS = {
     ("tiny", "numberline"): dict(env_steps=4096),
     # Returns of 10 make squared errors of 100: they must not drown the policy's gradient
     ("tiny", "ezpoints"): dict(env_steps=4096, value_coef=0.01),
-    ("tiny", "blackjack"): dict(sft_steps=600),
+    ("tiny", "blackjack"): dict(sft_steps=800),
     # The last two have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
