@@ -414,15 +414,37 @@ def plot(runs):
 
 
 def draw_curves(axes, task, settings):
-    """Draw each setting's mean curve, and a band from its lowest seed to its highest."""
+    """Draw each setting's mean curve, and a band from its lowest seed to its highest.
+
+    One rollout has few episodes, so curves are means over several; a single run shows both.
+    """
     for name, seed_runs in settings.items():
         steps = [step for step, _ in seed_runs[0]["curve"]]
         # (seeds, updates); None, where no episode ended, becomes NaN and leaves a gap.
         rates = np.array([[rate for _, rate in run["curve"]] for run in seed_runs], float)
+        smooth = moving_mean(rates)
         label = name.removeprefix(f"{task}, ")
-        line, = axes.plot(steps, rates.mean(0), ".-", label=label)
-        axes.fill_between(
-            steps, rates.min(0), rates.max(0), color=line.get_color(), alpha=0.15, lw=0)
+        line, = axes.plot(steps, smooth.mean(0), label=f"{label} (mean of {SMOOTHING} rollouts)")
+        color = line.get_color()
+        axes.fill_between(steps, smooth.min(0), smooth.max(0), color=color, alpha=0.15, lw=0)
+        if len(seed_runs) == 1:
+            axes.plot(steps, rates[0], ".", color=color, alpha=0.35, label="each rollout")
+
+
+SMOOTHING = 4  # rollouts
+
+
+def moving_mean(rates):
+    """Each rate (seeds, updates) becomes the mean of itself and up to SMOOTHING - 1 before it.
+
+    NaN is left out of the means.
+    """
+    smooth = np.empty_like(rates)
+    for i in range(rates.shape[1]):
+        first = max(i + 1 - SMOOTHING, 0)
+        window = np.ma.masked_invalid(rates[:, first: i + 1])
+        smooth[:, i] = window.mean(1).filled(np.nan)
+    return smooth
 
 
 def draw_references(axes, task, settings):

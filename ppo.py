@@ -212,20 +212,21 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 
 
 def normalise(advantages, returns):
-    """Advantages (T, N) divided by their root mean square over the rollout of all processes.
+    """Advantages (T, N) divided by their root mean square over the rollout of all processes, or by
+    that of the returns, if it is larger.
 
     The mean is not subtracted, though many programs do it. The advantages of a policy that wins
     already are small and mostly positive. Minus their mean, half of its good steps would get a
     negative advantage, and the policy would unlearn them.
 
-    The divisor is at least a tenth of the returns' root mean square. Once V is almost right, the
-    advantages are only small errors of V. Divided by their own size, they would become large.
+    The returns count for the end of training. Once V is almost right, the advantages are only small
+    errors of V. Divided by their own size they would become large, and the policy would unlearn.
     """
     all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
     all_returns = torch.stack(gather(returns))
-    size = all_advantages.pow(2).mean().sqrt()
-    smallest_size = 0.1 * all_returns.pow(2).mean().sqrt()
-    return advantages / (torch.max(size, smallest_size) + 1e-8)
+    advantage_size = all_advantages.pow(2).mean().sqrt()
+    return_size = all_returns.pow(2).mean().sqrt()
+    return advantages / (torch.max(advantage_size, return_size) + 1e-8)
 
 
 def shuffled_minibatches(num_steps, size, epochs):

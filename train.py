@@ -92,11 +92,11 @@ PAPER = dict(
 
 # What a task changes, for each preset
 TASK_SETTINGS = {
-    ("tiny", "numberline"): dict(env_steps=4096),
+    ("tiny", "numberline"): dict(env_steps=6144),
     # Returns of 10 make squared errors of 100: they must not drown the policy's gradient
-    ("tiny", "ezpoints"): dict(env_steps=6144, value_coef=0.01),
+    ("tiny", "ezpoints"): dict(env_steps=8192, value_coef=0.01),
     # Most of a reward is chance here, so small steps would take too long
-    ("tiny", "blackjack"): dict(sft_steps=800, lr=8e-4, lr_end=3e-4),
+    ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800, lr=8e-4, lr_end=3e-4),
     # The last two have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
@@ -213,7 +213,7 @@ def make_parser():
     setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
     setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
             "to 0, so SFT sees the games' first states first", type=fraction)
-    setting(sft, "--demo-noise", 0.85, "share of random actions in demonstrations", type=fraction)
+    setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
 
     run = parser.add_argument_group("the run")
     add = run.add_argument

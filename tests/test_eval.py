@@ -236,8 +236,13 @@ def test_a_figure_has_a_panel_for_each_task_and_lines_for_other_policies():
     figure = evaluation.plot({"blackjack, lr 1": [one, one], "blackjack, lr 2": [one], "numberline": [other]})
     labels = [[line.get_label() for line in axes.get_lines()] for axes in figure.axes]
     assert labels == [
-        ["lr 1", "lr 2", "random 40.0%", "best possible 43.16%", "best without looking 38.07%"],
-        ["numberline", "best possible 100.00%", "best without looking 50.00%"]]
+        ["lr 1 (mean of 4 rollouts)", "lr 2 (mean of 4 rollouts)", "each rollout", "random 40.0%", "best possible 43.16%", "best without looking 38.07%"],
+        ["numberline (mean of 4 rollouts)", "each rollout", "best possible 100.00%", "best without looking 50.00%"]]
+
+
+def test_a_curve_is_the_mean_of_the_last_four_rollouts_that_had_episodes():
+    rates = np.array([[np.nan, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 0.0, np.nan, 0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(evaluation.moving_mean(rates), [[np.nan, 0.2, 0.3, 0.4, 0.5, 0.7], [0, 0, 0, 0, 0, 1 / 3]])
 
 
 # -- the command line ---------------------------------------------------------------------------------
