@@ -37,7 +37,7 @@ class Rollout:
     truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
 
     # None where the settings do not ask for it
-    sft_logp_cot: torch.Tensor | None = None  # log p(v_tht | o, v_in) under the SFT policy
+    sft_logp: torch.Tensor | None = None     # log p(v_out | o, v_in) under the SFT policy
     token_logps: torch.Tensor | None = None   # (T, N, L) log p of each token, 0 after the end
 
 
@@ -119,11 +119,12 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     }
 
 
-def kl_to_sft(logp_cot, sft_logp_cot):
-    """How far the thoughts have drifted from those of the SFT policy, (N,).
+def kl_to_sft(logp, sft_logp):
+    """How far answers have drifted from those of the SFT policy, (N,).
 
-    Nothing rewards well-formed thoughts, so they drift until answers are illegal. A small weight
-    on this term keeps what SFT has taught; the action stays free. With x = log p - log p_SFT it is
+    Nothing rewards well-formed answers: after an illegal one a random action is played, and may
+    win. So answers drift until many are illegal. A small weight on this term keeps what SFT has
+    taught. With x = log p(v_out) - log p_SFT(v_out), thoughts and action together, it is
 
         x^2 / 2 where |x| <= KL_LIMIT, then a straight line      (Huber's loss)
 
@@ -132,10 +133,10 @@ def kl_to_sft(logp_cot, sft_logp_cot):
     samples are of the policy before the update, so it is exact for the first step of an update, and
     close to it later.
 
-    The straight line is for thoughts that SFT would almost never write, with x of 100 or more.
+    The straight line is for answers that SFT would almost never write, with x of 100 or more.
     With x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
     """
-    return huber_loss(logp_cot, sft_logp_cot, reduction="none", delta=KL_LIMIT)
+    return huber_loss(logp, sft_logp, reduction="none", delta=KL_LIMIT)
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):
@@ -165,7 +166,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
         "return": returns,
     }
     if config.kl_coef:
-        old["sft_logp_cot"] = rollout.sft_logp_cot
+        old["sft_logp"] = rollout.sft_logp
     if rollout.token_logps is not None:
         old["token_logps"] = rollout.token_logps
     old = {name: x.flatten(0, 1) for name, x in old.items()}   # (T * N,), in the answers' order
@@ -185,7 +186,8 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
                 losses |= token_ratio_loss(new, old_piece, config.clip)
             loss = losses["policy_loss"] + config.value_coef * losses["value_loss"]
             if config.kl_coef:
-                losses["kl_to_sft"] = kl_to_sft(new.logp_cot, old_piece["sft_logp_cot"])
+                logp = new.logp_cot + new.logp_action                          # log p(v_out)
+                losses["kl_to_sft"] = kl_to_sft(logp, old_piece["sft_logp"])
                 loss = loss + config.kl_coef * losses["kl_to_sft"]
 
             # The mean over the mini-batch: what pieces and processes contribute is added up

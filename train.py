@@ -198,7 +198,7 @@ def make_parser():
     setting(ppo, "--target-kl", 0.02, "end an update where approx_kl, the distance from the policy "
             "that sampled, exceeds 1.5 times this; 0: off",
             type=not_negative)
-    setting(ppo, "--kl-coef", 0.1, "weight of KL(p, p_SFT) of the thoughts; 0: off",
+    setting(ppo, "--kl-coef", 0.05, "weight of KL(p, p_SFT) of the answers; 0: off",
             type=not_negative)
     setting(ppo, "--gamma", 0.9, "discount", type=fraction)
     setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)
@@ -468,12 +468,12 @@ class Collector:
         """Add what the KL to SFT needs, and one ratio a token."""
         if self.config.kl_coef:
             # The SFT policy is the same network with its adapter off: no second model is needed
-            logp_cot = []
+            sft_logp = []
             with torch.no_grad(), self.policy.model.disable_adapter():
                 for i in range(0, len(rollout.answers), self.config.microbatch):
                     scores = self.policy.evaluate(rollout.answers[i: i + self.config.microbatch])
-                    logp_cot.append(scores.logp_cot.cpu())
-            rollout.sft_logp_cot = torch.cat(logp_cot).reshape(rollout.values.shape)
+                    sft_logp.append((scores.logp_cot + scores.logp_action).cpu())
+            rollout.sft_logp = torch.cat(sft_logp).reshape(rollout.values.shape)
 
         if self.config.ratio == "token":  # a variant
             logps = [answer.token_logps for answer in rollout.answers]
@@ -1170,7 +1170,7 @@ def check(parser, config):
         if game is None or game.legal_actions is not env.Game.legal_actions:
             parser.error("--policy cnn plays one task whose actions never change")
     if config.policy == "cnn" and config.kl_coef:
-        parser.error("--kl-coef keeps thoughts near those of SFT: --policy cnn has none")
+        parser.error("--kl-coef keeps answers near those of SFT: --policy cnn has none")
 
     # The machine and the numbers
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
