@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import huber_loss
 
-KL_LIMIT = 5.0  # nats; see `kl_to_sft`
+ALLOWED_DRIFT = 6.0  # nats; see `drift_from_sft`
 
 
 @dataclass
@@ -119,24 +118,20 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     }
 
 
-def kl_to_sft(logp, sft_logp):
-    """How far answers have drifted from those of the SFT policy, (N,).
+def drift_from_sft(logp, sft_logp):
+    """How far answers have drifted from what the SFT policy would write, (N,), in nats.
 
     Nothing rewards well-formed answers: after an illegal one a random action is played, and may
     win. So answers drift until many are illegal. A small weight on this term keeps what SFT has
-    taught. With x = log p(v_out) - log p_SFT(v_out), thoughts and action together, it is
+    taught. It is
 
-        x^2 / 2 where |x| <= KL_LIMIT, then a straight line      (Huber's loss)
+        max(0, log p(v_out) - log p_SFT(v_out) - ALLOWED_DRIFT)
 
-    The gradient of KL(p, p_SFT) is the mean of x * grad log p over samples of p (the gradient of
-    the log p within x adds nothing: its mean is 0). The gradient of x^2 / 2 is the same. The
-    samples are of the policy before the update, so it is exact for the first step of an update, and
-    close to it later.
-
-    The straight line is for answers that SFT would almost never write, with x of 100 or more.
-    With x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
+    SFT gives every legal action some probability, so a policy that is sure of one stays below the
+    limit and is free. An illegal answer has drifted by 20 nats and more, and is pulled back. The
+    term grows like a straight line: with a square, one strange answer would outweigh all others.
     """
-    return huber_loss(logp, sft_logp, reduction="none", delta=KL_LIMIT)
+    return (logp - sft_logp - ALLOWED_DRIFT).clamp(min=0)
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):
@@ -144,7 +139,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 
     policy.evaluate(list of answers) returns `Scores` with gradients: logp_cot, logp_action, value,
     entropy, (N,). config has gamma, gae_lambda, clip, value_clip, epochs, minibatch, microbatch,
-    value_coef, kl_coef, max_grad_norm and target_kl, as train.py's flags explain them. Shuffling
+    value_coef, drift_coef, max_grad_norm and target_kl, as train.py's flags explain them. Shuffling
     uses torch's global generator.
 
     Under torch.distributed every process brings a rollout of the same size. A mini-batch is the
@@ -152,9 +147,10 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     processes.
 
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac,
-    entropy, kl_to_sft (if kl_coef is not 0), grad_norm (before clipping); and explained_variance
-    (how well the old values fit the returns: 1 is perfect), first_ratio_error (max |rho - 1| on
-    the first mini-batch: 0 where sampling and scoring agree), skipped (number of mini-batches).
+    entropy, drift_from_sft (if drift_coef is not 0), grad_norm (before clipping); and
+    explained_variance (how well the old values fit the returns: 1 is perfect), first_ratio_error
+    (max |rho - 1| on the first mini-batch: 0 where sampling and scoring agree), skipped (number of
+    mini-batches).
     Raises FloatingPointError where too many mini-batches are broken.
     """
     # 1. Compute what stays fixed during the update: old log-probabilities, advantages, returns
@@ -165,7 +161,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
         "advantage": normalise(advantages, returns),
         "return": returns,
     }
-    if config.kl_coef:
+    if config.drift_coef:
         old["sft_logp"] = rollout.sft_logp
     if rollout.token_logps is not None:
         old["token_logps"] = rollout.token_logps
@@ -185,10 +181,10 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
             if rollout.token_logps is not None:  # a variant: one ratio a token
                 losses |= token_ratio_loss(new, old_piece, config.clip)
             loss = losses["policy_loss"] + config.value_coef * losses["value_loss"]
-            if config.kl_coef:
+            if config.drift_coef:
                 logp = new.logp_cot + new.logp_action                          # log p(v_out)
-                losses["kl_to_sft"] = kl_to_sft(logp, old_piece["sft_logp"])
-                loss = loss + config.kl_coef * losses["kl_to_sft"]
+                losses["drift_from_sft"] = drift_from_sft(logp, old_piece["sft_logp"])
+                loss = loss + config.drift_coef * losses["drift_from_sft"]
 
             # The mean over the mini-batch: what pieces and processes contribute is added up
             (loss.sum() / (len(batch) * world_size())).backward()

@@ -86,7 +86,7 @@ PAPER = dict(
     device=BEST_DEVICE, cot_scale=0.5,
     env_steps=15000, num_envs=16, rollout_steps=512, temperature=0.2, max_new_tokens=256,
     epochs=4, minibatch=128, microbatch=1, lr=1e-5, lr_end=1e-9, value_clip=0.1, max_grad_norm=0.01,
-    target_kl=0.0, kl_coef=0.0, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
+    target_kl=0.0, drift_coef=0.0, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
     sft_steps=1000, sft_batch=128, sft_lora=True, sft_lr=2e-5, demo_noise=0.5,
 )
 
@@ -198,7 +198,8 @@ def make_parser():
     setting(ppo, "--target-kl", 0.02, "end an update where approx_kl, the distance from the policy "
             "that sampled, exceeds 1.5 times this; 0: off",
             type=not_negative)
-    setting(ppo, "--kl-coef", 0.05, "weight of KL(p, p_SFT) of the answers; 0: off",
+    setting(ppo, "--drift-coef", 0.3, "weight of the pull on answers that SFT would hardly write; "
+            "0: off",
             type=not_negative)
     setting(ppo, "--gamma", 0.9, "discount", type=fraction)
     setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)
@@ -465,8 +466,8 @@ class Collector:
         return torch.tensor(numbers).reshape(-1, self.num_envs)
 
     def add_optional(self, rollout):
-        """Add what the KL to SFT needs, and one ratio a token."""
-        if self.config.kl_coef:
+        """Add what `drift_from_sft` needs, and one ratio a token."""
+        if self.config.drift_coef:
             # The SFT policy is the same network with its adapter off: no second model is needed
             sft_logp = []
             with torch.no_grad(), self.policy.model.disable_adapter():
@@ -1103,7 +1104,7 @@ def configure(argv):
         parser.set_defaults(**PAPER)
     parser.set_defaults(**TASK_SETTINGS.get((preset, args.env), {}))
     if args.policy == "cnn":
-        parser.set_defaults(kl_coef=0.0)  # without SFT there is nothing to stay near
+        parser.set_defaults(drift_coef=0.0)  # without SFT there is nothing to stay near
     config = parser.parse_args(argv)
     if config.dtype is None:
         large = preset == "paper" and config.device == "cuda"
@@ -1169,8 +1170,8 @@ def check(parser, config):
         # A game whose actions change has a method legal_actions of its own
         if game is None or game.legal_actions is not env.Game.legal_actions:
             parser.error("--policy cnn plays one task whose actions never change")
-    if config.policy == "cnn" and config.kl_coef:
-        parser.error("--kl-coef keeps answers near those of SFT: --policy cnn has none")
+    if config.policy == "cnn" and config.drift_coef:
+        parser.error("--drift-coef keeps answers near those of SFT: --policy cnn has none")
 
     # The machine and the numbers
     if config.device != "cpu" and not getattr(torch, config.device).is_available():

@@ -548,7 +548,7 @@ if find_spec("torchvision"):
     WHOLE_RUNS += [("qwen_whole", "float32"), ("internvl", "float32")]
 SMALL = (
     "--env blackjack --sft-steps 2 --sft-batch 4 --env-steps 16 --rollout-steps 8 --num-envs 4 "
-    "--minibatch 4 --epochs 1 --max-new-tokens 8 --eval-episodes 4 --lora-rank 4 --kl-coef 0.1"
+    "--minibatch 4 --epochs 1 --max-new-tokens 8 --eval-episodes 4 --lora-rank 4 --drift-coef 0.1"
 )
 
 

@@ -1,7 +1,6 @@
 """Advantages by hand, and the update on a policy of two numbers."""
 import math
 import socket
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from ppo import (
     auto_cot_scale,
     compute_gae,
     explained_variance,
-    kl_to_sft,
+    drift_from_sft,
     normalise,
     ppo_loss,
     ppo_update,
@@ -48,7 +47,7 @@ def settings(**changes):
     """What train.py's flags hold for `ppo_update`, with some changes."""
     values = dict(
         gamma=0.9, gae_lambda=0.95, clip=0.1, value_clip=0.1, epochs=4, minibatch=16, microbatch=64,
-        value_coef=0.5, kl_coef=0.0, max_grad_norm=10.0, target_kl=0.0)
+        value_coef=0.5, drift_coef=0.0, max_grad_norm=10.0, target_kl=0.0)
     return SimpleNamespace(**values | changes)
 
 
@@ -170,20 +169,17 @@ def test_broken_mini_batches_are_skipped_and_too_many_stop_the_update():
     assert policy.logits.isfinite().all()
 
 
-def test_the_penalty_draws_the_thoughts_back_to_the_sft_policy():
-    class Thinker(Bandit):
-        def evaluate(self, answers):
-            scores = super().evaluate(answers)
-            return replace(scores, logp_cot=scores.logp_action, logp_action=scores.logp_cot)  # the two answers differ in their thoughts
-
-    policy = Thinker()
+@pytest.mark.parametrize("sft_logps, moves", [([-20.0, -0.2], True), ([math.log(0.1), math.log(0.9)], False)])
+def test_only_answers_that_sft_would_hardly_write_are_pulled_back(sft_logps, moves):
+    policy = Bandit()
+    before = policy.logits.softmax(0)[0].item()
     r = bandit_rollout(policy)
-    r.logp_cot, r.rewards = torch.full((32, 1), math.log(0.5)), torch.zeros(32, 1)  # no advantage pulls elsewhere
-    r.logp_action = torch.zeros(32, 1)
-    r.sft_logp = torch.tensor([0.2, 0.8] * 16).log()[:, None]
+    r.rewards = torch.zeros(32, 1)  # no advantage pulls elsewhere
+    r.sft_logp = torch.tensor(sft_logps * 16)[:, None]
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=50, minibatch=32, kl_coef=1.0))
-    assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["kl_to_sft"] > 0
+    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=5, minibatch=32, drift_coef=1.0))
+    after = policy.logits.softmax(0)[0].item()
+    assert (after < before - 0.02) == moves and (stats["drift_from_sft"] > 0) == moves
 
 
 class Linear(torch.nn.Module):
@@ -292,10 +288,10 @@ def test_small_errors_of_a_right_value_function_are_not_blown_up():
     assert normalise(10 * errors, 10 * torch.ones(2, 2)).abs().max() == pytest.approx(0.01)
 
 
-def test_one_strange_thought_does_not_outweigh_all_others():
+def test_one_strange_answer_does_not_outweigh_all_others():
     logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    sft_logp = torch.tensor([-1.5, -2.0, -1000.0])
-    terms = kl_to_sft(logp, sft_logp)
-    assert terms.tolist() == [0.125, 0.0, 5 * (997 - 2.5)]  # x^2 / 2, then a straight line
+    sft_logp = torch.tensor([-6.0, -2.0, -1000.0])
+    terms = drift_from_sft(logp, sft_logp)
+    assert terms.tolist() == [0.0, 0.0, 997.0 - 6.0]
     terms.sum().backward()
-    assert logp.grad.tolist() == [0.5, 0.0, 5.0]  # its gradient is x, at most 5
+    assert logp.grad.tolist() == [0.0, 0.0, 1.0]  # however strange it is

@@ -148,7 +148,7 @@ def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsy
 @pytest.mark.parametrize("flags", [
     ["--env", "chess"], ["--cot-scale", "2"], ["--cot-scale", "nan"], ["--cot-scale", "x"], ["--num-envs", "0"], ["--env-steps", "-5"],
     ["--lr", "0"], ["--minibatch", "x"], ["--rollout-steps", "100"], ["--env-steps", "100"], ["--model", "no/such-model"], ["--out", "/proc/none"],
-    ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--value-coef", "-1"], ["--policy", "cnn", "--kl-coef", "0.1"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
+    ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--value-coef", "-1"], ["--policy", "cnn", "--drift-coef", "0.1"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
     ["--num-envs", "99999999", "--rollout-steps", "99999999", "--env-steps", "99999999"]])
 def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
     base = {"--env": "blackjack", "--out": str(tmp_path / "run")} | dict(zip(flags[::2], flags[1::2]))
@@ -356,7 +356,7 @@ def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, capsys):
 
 
 def test_zeros_that_mean_off(tmp_path):
-    off = ["--value-coef", "0", "--kl-coef", "0", "--target-kl", "0", "--max-grad-norm", "0"]
+    off = ["--value-coef", "0", "--drift-coef", "0", "--target-kl", "0", "--max-grad-norm", "0"]
     run(tmp_path / "run", "--env", "numberline", "--sft-steps", "0", *off)
     rl = [row for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
     assert len(rl) == 2 and all(row["skipped"] == 0 for row in rl)
