@@ -67,7 +67,7 @@ class Game(gym.Env):
     play(action)   plays the text `action`; returns (reward, terminated, truncated)
     state()        returns the true state behind the picture, as a dict for `info`
     draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: what is
-                   random is set by deal(), and kept by `saved`. The embedded model sees patches of
+                   random is set by deal(), and kept by `saved`. The built-in model sees patches of
                    60 x 60 pixels, so what matters should be about as large.
     marks          for obs="marked", see below; optional
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
@@ -130,7 +130,7 @@ class Game(gym.Env):
         return self.render(), float(reward), terminated, truncated, self._info()
 
     def action_of(self, index):
-        """The legal action (str) of an index in the action space."""
+        """Action i of the action space is the i-th legal action (str) of this state."""
         legal_actions = self.legal_actions()
         if index >= len(legal_actions):
             last = len(legal_actions) - 1
@@ -469,8 +469,8 @@ GAMES = {}  # name of a task -> its class
 def register(game):
     """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
     GAMES[game.name] = game
-    entry_point = f"{game.__module__}:{game.__name__}"  # a name can be written to JSON
-    if "<locals>" in game.__qualname__:  # but a class within a function has none
+    entry_point = f"{game.__module__}:{game.__name__}"  # a name, which Gymnasium can store
+    if "<locals>" in game.__qualname__:  # a class within a function is not found by name
         entry_point = game
     gym.register(env_id(game.name), entry_point=entry_point)
 
@@ -499,8 +499,9 @@ def episode_seeds(stream, seed, process=0):
     """The seeds of a stream's episodes, without end: first, first + 1, first + 2, ...
 
     stream: one of STREAMS. Each stream, seed and process has a `first` of its own, a random
-    multiple of STREAM_LENGTH. So no two of them ever play the same deal.
+    multiple of STREAM_LENGTH. So they never share a deal, but by a chance of one in 10^19.
     """
+    # A random number of 64 bits from the three numbers
     sequence = np.random.SeedSequence([STREAMS.index(stream), seed, process])
     block = int(sequence.generate_state(1, np.uint64)[0])
     return itertools.count(block * STREAM_LENGTH)
@@ -509,9 +510,9 @@ def episode_seeds(stream, seed, process=0):
 class Games:
     """N games that step together, by Gymnasium's vector API. A game that ends begins a new episode.
 
-    name: a task, or several with commas between them; game i plays task i modulo their number.
+    name: a task, or k tasks with commas between them; game i plays task i % k.
     num_envs: N. seeds: an iterator, such as episode_seeds(...): each game takes one seed for its
-    first episode. An int n means the seeds n, n + 1, ... What `step` gets decides on later ones.
+    first episode. An int n means the seeds n, n + 1, ... For later episodes see `step`.
     evaluation: play the episodes that are kept for evaluation.
     first, total: if several processes share the games, the number of this process's first game,
     and how many they have together.
@@ -580,6 +581,7 @@ class Games:
             new_seeds = [None for _ in begins]
             if seeds is not None:
                 new_seeds = [next(seeds) if begin else None for begin in begins]
+            # The new pictures are written into self.images
             _, infos = self.vector.reset(seed=new_seeds, options={"reset_mask": begins})
             for i, info in enumerate(split_info(infos)):
                 if begins[i]:
@@ -1622,7 +1624,7 @@ class ALFWorldEnv(Game):
         likeliest = min(unseen, key=lambda r: (not self._fits(r, kind), r))
         return aim, self._go_and(likeliest, "")
 
-    # -- the picture: 5 x 5 cells of 60 pixels, because a patch of the embedded model has 60 pixels
+    # -- the picture: 5 x 5 cells of 60 pixels, because a patch of the built-in model has 60 pixels
 
     def draw(self):
         """Row 1: the task. Rows 2, 3: what is in front. Rows 4, 5: the map, and what is carried."""

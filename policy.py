@@ -271,7 +271,7 @@ class VLMPolicy(nn.Module):
 
     def hidden_states(self, batch, keep, past_key_values=None):
         """The last hidden states (N, keep, D), float32, of the last `keep` tokens of a batch."""
-        self.prepare_checkpoints()
+        self.prepare_checkpoints()  # saves memory, if gradient checkpointing is on
         use_cache = past_key_values is not None
         output = self.backbone(**batch, past_key_values=past_key_values, use_cache=use_cache)
         return output.last_hidden_state[:, -keep:].float()
@@ -319,7 +319,7 @@ class VLMPolicy(nn.Module):
         )
         lengths = batch["attention_mask"].sum(1).tolist()
 
-        # Take the samples apart, because an answer meets other answers in the update. Text loses
+        # Take the samples apart: in the update each meets other ones. Text loses
         # its padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
         # parts. (Some models list the patches of all pictures in one tensor. The pictures have the
         # same size, so the parts are equal there too.)
@@ -363,8 +363,8 @@ class VLMPolicy(nn.Module):
     def count_cot_tokens(self, ids):
         """How many tokens are thoughts: those that end before `"action":` begins.
 
-        A token that holds the end of the thoughts and the key's beginning is of the action. If
-        there is no key, all tokens are thoughts.
+        One token can hold the end of the thoughts and the beginning of the key. It counts as
+        action. If there is no key, all tokens are thoughts.
         """
         start = action_start(self.decode(ids))
 
@@ -482,7 +482,8 @@ def end_of_sequence_ids(model, tokenizer):
 def forbidden_tokens(vocab_size, tokenizer, eos_ids):
     """A mask (V,) to add to the logits: -infinity for tokens that must not be sampled, else 0.
 
-    A sampled image placeholder would crash the next forward pass. Never sampled are special tokens
+    In a prompt, placeholder tokens mark the picture's place. A sampled one would crash the next
+    forward pass. Never sampled are special tokens
     except end-of-sequence; tokens that were added to the vocabulary, except white space (Gemma has
     such); and ids for which the tokenizer has no token.
     """
@@ -591,7 +592,7 @@ class CNNPolicy(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# The embedded model: a LLaVA that is small enough for a laptop
+# The built-in model: a LLaVA that is small enough for a laptop
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -813,7 +814,7 @@ def build_policy(config, weights=None):
     elif began_with is not None and began_with != model_identity(config.model):
         raise ValueError("its weights are not those that the run began with")
 
-    # The embedded model's tokenizer learns from the tasks that it will play. The card games share
+    # The built-in model's tokenizer learns from the tasks that it will play. The card games share
     # one, so that runs can be compared; any other task has its own.
     texts = None
     if source == "tiny":
@@ -877,7 +878,7 @@ def load_run(directory, which="rl", trust_remote_code=False):
 
 
 class FastVLMPolicy(VLMPolicy):
-    """A `VLMPolicy` that prepares pictures and prompts with less work, for the embedded model.
+    """A `VLMPolicy` that prepares pictures and prompts with less work, for the built-in model.
 
     The processor shrinks pictures one by one, and reads the same instructions before each. Here all
     pictures are shrunk in one call, and each different prompt is processed once.

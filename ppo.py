@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-ALLOWED_DRIFT = 6.0  # nats; see `drift_from_sft`
+ALLOWED_DRIFT = 6.0  # of natural log-probability (nats); see `drift_from_sft`
 
 
 @dataclass
@@ -93,13 +93,13 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     log_ratio = log_prob - old["log_prob"]                                     # (N,)
     ratio = log_ratio.exp()                                                    # (N,), rho
 
-    # The larger loss counts. Where A > 0 it is constant once the ratio is above 1 + clip, where
-    # A < 0 once it is below 1 - clip. So nothing is gained by moving the ratio further.
+    # The larger loss counts. If A > 0, it is constant where the ratio is above 1 + clip. If A < 0,
+    # it is constant where the ratio is below 1 - clip. There the gradient is 0.
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
-    # Fit the value to the return. Here too the larger loss counts: it is constant once V has moved
-    # by more than value_clip towards R.
+    # Fit the value to the return. Here too the larger loss counts. If V has moved towards R by more
+    # than value_clip, it is the clipped one, with gradient 0. If V moved away from R, it is not.
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -217,8 +217,9 @@ def normalise(advantages, returns):
     already are small and mostly positive. Minus their mean, half of its good steps would get a
     negative advantage, and the policy would unlearn them.
 
-    The returns count for the end of training. Once V is almost right, the advantages are only small
-    errors of V. Divided by their own size they would become large, and the policy would unlearn.
+    The size of the returns is a lower limit, for the end of training. Once V is almost right, the
+    advantages are only small errors of V. Divided by their own size they would become large, and
+    the policy would unlearn.
     """
     all_advantages = torch.stack(gather(advantages))                           # (processes, T, N)
     all_returns = torch.stack(gather(returns))

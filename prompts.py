@@ -35,8 +35,8 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    # What the prompt asks for: a text such as "the target number". In a list, as ["rank of each
-    # card"], it asks for a JSON list.
+    # The prompt's words for it. A text asks for one value; a list with one text, such as ["rank of
+    # each card"], asks for a JSON list.
     description: object
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
@@ -78,6 +78,7 @@ def blackjack_thoughts(info):
     dealer = env.card_number(info["dealer_card"])
 
     partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])  # after the 2nd card, the 3rd
+    # In the total an ace counts 11 if that does not bust; in the sums it counts 1
     kind = "soft" if info["player_total"] > sums[-1] else "hard"
     dealer_name = "A" if dealer == 1 else dealer
     outlook = "may bust" if sums[-1] > 11 else "cannot bust"  # with 11, even a ten makes only 21
@@ -100,7 +101,7 @@ def points_task(game, count, entries):
         formula = info["formula"]
         plan = env.solve(info["numbers"], target, formula, game.max_entries)
         if plan is None:
-            return f"{hand} cannot make {target}, write ="
+            return f"{hand} cannot make {target}, write ="  # nothing can be won: end the game
         done = "".join(formula)  # the plan begins with it
         rest = [*plan, "="][len(formula):]
         return f"{hand} make {target}: {done} > {''.join(rest)}, write {rest[0]}"
@@ -153,7 +154,7 @@ TASKS = {
     ),
 }
 
-# The embedded model has one tokenizer for these four tasks. Any other task gets one of its own.
+# The built-in model has one tokenizer for these four tasks. Any other task gets one of its own.
 CARD_TASKS = ("numberline", "ezpoints", "points24", "blackjack")
 
 # -------------------------------------------------------------------------------------------------
@@ -217,8 +218,8 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# text of n spaces would cost n * n steps.) The braces are doubled in an f-string alone. A bare key
-# stands at the start of a line, or after { or a comma.
+# text of n spaces would cost n * n steps.) In an f-string a brace is written twice; the pattern of
+# BARE_KEY is none. There (?<=[{,]) means: just before stands { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)
@@ -310,7 +311,7 @@ def chatty_thoughts(info):
 
 
 def corpus(names=CARD_TASKS, style="full", obs="image", episodes=100, seed=0):
-    """Prompts and answers of random play: what the embedded model's tokenizer learns from."""
+    """Prompts and answers of random play: what the built-in model's tokenizer learns from."""
     rng = np.random.default_rng(seed)
     texts = []
     for name in names:

@@ -72,7 +72,7 @@ from ppo import (
 )
 
 # -------------------------------------------------------------------------------------------------
-# Settings: one flag a line, with the default of the embedded model
+# Settings: one flag a line, with the default of the built-in model
 
 BEST_DEVICE = "cpu"
 if torch.backends.mps.is_available():
@@ -404,8 +404,8 @@ class Collector:
             truncated.append(step["truncated"])
             final_values.append(self.values_at_time_limit(step))
 
-            # 6. Count the episodes that ended. Where one has, self.games.infos tells of the next
-            # one already; step["infos"] still tells of the last.
+            # 6. Count the episodes that ended. If one has, self.games.infos already shows the next
+            # episode; step["infos"] still shows the old one.
             self.episode_returns += reward
             for i in np.flatnonzero(step["terminated"] | step["truncated"]):
                 episodes.append((step["infos"][i]["success"], self.episode_returns[i]))
@@ -468,7 +468,8 @@ class Collector:
     def add_optional(self, rollout):
         """Add what `drift_from_sft` needs, and one ratio a token."""
         if self.config.drift_coef:
-            # The SFT policy is the same network with its adapter off: no second model is needed
+            # PPO trains an adapter alone; what SFT has taught is in the weights below it. So the
+            # same network with its adapter off is the SFT policy.
             sft_logp = []
             with torch.no_grad(), self.policy.model.disable_adapter():
                 for i in range(0, len(rollout.answers), self.config.microbatch):
@@ -602,7 +603,7 @@ def train(policy, config, run, weights=None):
     # Stage 1: imitate demonstrations. If `weights` is given, this was done already: by another run
     # with the same settings, or by this run, which was stopped in stage 2.
     if weights is None:
-        if config.sft_lora:
+        if config.sft_lora:  # else SFT trains all weights
             policy.add_lora(config.lora_rank, config.lora_alpha)
         sft(policy, config, run)
         write_sft_weights(policy, config, run)
@@ -700,7 +701,7 @@ def finish(config, run):
 # -------------------------------------------------------------------------------------------------
 # SFT weights that are kept. The method does not need it.
 
-SFT_VERSION = 2  # to be raised when SFT, the demonstrations or the embedded model change
+SFT_VERSION = 2  # to be raised when SFT, the demonstrations or the built-in model change
 
 
 def sft_cache(config, out):

@@ -1,6 +1,6 @@
 """How fast: ours, the paper's schedule, and what the hardware allows, measured in one run.
 
-    python tests/benchmark.py                      # the embedded model on this machine
+    python tests/benchmark.py                      # the built-in model on this machine
     python tests/benchmark.py --tricks             # only what `FastVLMPolicy` saves
     python tests/benchmark.py --growth FILE        # only how time and memory grow, as a plot
     python tests/benchmark.py --model DIR --env points24 --json benchmark.json
@@ -82,7 +82,7 @@ def parse_args():
     add("--json", type=Path, help="file for the results")
     add("--tricks", action="store_true", help="measure only the tricks of FastVLMPolicy")
     add("--growth", type=Path, metavar="FILE",
-        help="measure only how the embedded model's cost grows: a plot (PNG), and exponents")
+        help="measure only how the built-in model's cost grows: a plot (PNG), and exponents")
     add("--shrink", type=positive_int, default=shrink, help=f"divide the sizes of {PAPER_MODEL}")
     add("--lora-rank", type=positive_int, default=128, help=f"of {PAPER_MODEL}")
     add("--plan", action="store_true", help=f"print only the memory that {PAPER_MODEL} needs")
@@ -591,7 +591,7 @@ GROWTH = {
 
 
 def sized(patches=5, width=128, tokens=32):
-    """The embedded model with patches x patches picture tokens and another width, untrained.
+    """The built-in model with patches x patches picture tokens and another width, untrained.
 
     It writes exactly `tokens` tokens.
     """
