@@ -81,7 +81,7 @@ if torch.cuda.is_available():
     BEST_DEVICE = "cuda"
 
 # The authors' settings, where they differ from the flags' defaults below. --preset paper uses them,
-# and so does every model but the embedded one.
+# and so does every model but the built-in one.
 PAPER = dict(
     device=BEST_DEVICE, cot_scale=0.5,
     env_steps=15000, num_envs=16, rollout_steps=512, temperature=0.2, max_new_tokens=256,
