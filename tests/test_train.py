@@ -233,7 +233,7 @@ def error_line(capsys, *flags):
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path, capsys):
     stopped_run(tmp_path / "run")
     error = error_line(capsys, "--resume", tmp_path / "run", "--lr", "0.5")
-    assert "--lr 0.5" in error and "0.0003" in error
+    assert "--lr 0.5" in error and "0.0004" in error
     assert "no run" in error_line(capsys, "--resume", tmp_path)
 
 
