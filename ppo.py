@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import huber_loss
 
-ALLOWED_DRIFT = 6.0  # of natural log-probability (nats); see `drift_from_sft`
+DRIFT_LIMIT = 5.0  # of natural log-probability (nats); see `drift_from_sft`
 
 
 @dataclass
@@ -119,19 +120,19 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
 
 
 def drift_from_sft(logp, sft_logp):
-    """How far answers have drifted from what the SFT policy would write, (N,), in nats.
+    """How far answers have drifted from those of the SFT policy, (N,).
 
     Nothing rewards well-formed answers: after an illegal one a random action is played, and may
     win. So answers drift until many are illegal. A small weight on this term keeps what SFT has
-    taught. It is
+    taught. With x = log p(v_out) - log p_SFT(v_out), thoughts and action together, it is
 
-        max(0, log p(v_out) - log p_SFT(v_out) - ALLOWED_DRIFT)
+        x^2 / 2 where |x| <= DRIFT_LIMIT, then a straight line      (Huber's loss)
 
-    SFT gives every legal action some probability, so a policy that is sure of one stays below the
-    limit and is free. An illegal answer has drifted by 20 nats and more, and is pulled back. The
-    term grows like a straight line: with a square, one strange answer would outweigh all others.
+    The mean gradient of x^2 / 2 over samples of p is the gradient of KL(p, p_SFT). The straight
+    line is for answers that SFT would almost never write, with x of 100 or more. With x^2 / 2, one
+    of them would outweigh all other answers, and destroy the policy.
     """
-    return (logp - sft_logp - ALLOWED_DRIFT).clamp(min=0)
+    return huber_loss(logp, sft_logp, reduction="none", delta=DRIFT_LIMIT)
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):

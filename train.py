@@ -198,8 +198,7 @@ def make_parser():
     setting(ppo, "--target-kl", 0.02, "end an update where approx_kl, the distance from the policy "
             "that sampled, exceeds 1.5 times this; 0: off",
             type=not_negative)
-    setting(ppo, "--drift-coef", 0.3, "weight of the pull on answers that SFT would hardly write; "
-            "0: off",
+    setting(ppo, "--drift-coef", 0.05, "weight of KL(p, p_SFT) of the answers; 0: off",
             type=not_negative)
     setting(ppo, "--gamma", 0.9, "discount", type=fraction)
     setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)

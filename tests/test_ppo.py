@@ -169,17 +169,14 @@ def test_broken_mini_batches_are_skipped_and_too_many_stop_the_update():
     assert policy.logits.isfinite().all()
 
 
-@pytest.mark.parametrize("sft_logps, moves", [([-20.0, -0.2], True), ([math.log(0.1), math.log(0.9)], False)])
-def test_only_answers_that_sft_would_hardly_write_are_pulled_back(sft_logps, moves):
+def test_the_penalty_draws_answers_back_to_the_sft_policy():
     policy = Bandit()
-    before = policy.logits.softmax(0)[0].item()
     r = bandit_rollout(policy)
-    r.rewards = torch.zeros(32, 1)  # no advantage pulls elsewhere
-    r.sft_logp = torch.tensor(sft_logps * 16)[:, None]
+    r.logp_action, r.rewards = torch.full((32, 1), math.log(0.5)), torch.zeros(32, 1)  # no advantage pulls elsewhere
+    r.sft_logp = torch.tensor([0.2, 0.8] * 16).log()[:, None]
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
-    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=5, minibatch=32, drift_coef=1.0))
-    after = policy.logits.softmax(0)[0].item()
-    assert (after < before - 0.02) == moves and (stats["drift_from_sft"] > 0) == moves
+    stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=50, minibatch=32, drift_coef=1.0))
+    assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["drift_from_sft"] > 0
 
 
 class Linear(torch.nn.Module):
@@ -290,8 +287,8 @@ def test_small_errors_of_a_right_value_function_are_not_blown_up():
 
 def test_one_strange_answer_does_not_outweigh_all_others():
     logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    sft_logp = torch.tensor([-6.0, -2.0, -1000.0])
+    sft_logp = torch.tensor([-1.5, -2.0, -1000.0])
     terms = drift_from_sft(logp, sft_logp)
-    assert terms.tolist() == [0.0, 0.0, 997.0 - 6.0]
+    assert terms.tolist() == [0.125, 0.0, 5 * (997 - 2.5)]  # x^2 / 2, then a straight line
     terms.sum().backward()
-    assert logp.grad.tolist() == [0.0, 0.0, 1.0]  # however strange it is
+    assert logp.grad.tolist() == [0.5, 0.0, 5.0]  # its gradient is x, at most 5
