@@ -829,8 +829,7 @@ def build_policy(config, weights=None):
         source, config.seed, texts, config.image_tiles, device, getattr(torch, config.dtype),
         config.quantize, config.trust_remote_code)
 
-    policy_class = FastVLMPolicy  # VLMPolicy does the same, more slowly
-    policy = policy_class(model, processor, config.temperature, config.max_new_tokens)
+    policy = VLMPolicy(model, processor, config.temperature, config.max_new_tokens)
     if has_adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
         policy.merge_lora()
@@ -870,70 +869,6 @@ def load_run(directory, which="rl", trust_remote_code=False):
     """(policy, configuration) of a finished run; see `read_config` and `load_policy`."""
     config = read_config(directory, trust_remote_code)
     return load_policy(config, directory, which), config
-
-
-# -------------------------------------------------------------------------------------------------
-# Speed: skip this at first reading. The method does not need it.
-# `python tests/benchmark.py --tricks` measures what it is worth.
-
-
-class FastVLMPolicy(VLMPolicy):
-    """A `VLMPolicy` that prepares pictures and prompts with less work, for the built-in model.
-
-    The processor shrinks pictures one by one, and reads the same instructions before each. Here all
-    pictures are shrunk in one call, and each different prompt is processed once.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.known_prompts = {}  # prompt -> its part of `Answer.inputs`
-
-    def encode(self, images, questions):
-        height = images.shape[1]
-        if not only_shrinks(self.processor.image_processor, height):
-            return super().encode(images, questions)
-
-        # Process the prompts that are new, with their pictures, and keep everything but the picture
-        if len(self.known_prompts) > 10_000:
-            self.known_prompts.clear()
-        new = {}  # prompt -> index of a sample that has it
-        for i, question in enumerate(questions):
-            if question not in self.known_prompts:
-                new[question] = i
-        if new:
-            processed = super().encode(images[list(new.values())], list(new))
-            for question, inputs in zip(new, processed):
-                del inputs["pixel_values"]
-                self.known_prompts[question] = inputs
-
-        pixels = self.process_pictures(images)
-        inputs = []
-        for i, question in enumerate(questions):
-            inputs.append(self.known_prompts[question] | {"pixel_values": pixels[i: i + 1]})
-        return inputs
-
-    def process_pictures(self, images):
-        """What the image processor does with pictures (N, H, W, 3) uint8, all at once."""
-        how = self.processor.image_processor
-        mean = torch.tensor(how.image_mean)[:, None, None]                     # (3, 1, 1)
-        std = torch.tensor(how.image_std)[:, None, None]
-        pixels = shrink(images, how.size["height"], how.size["width"])         # (N, 3, h, w) uint8
-        pixels = (pixels * how.rescale_factor - mean) / std
-        return pixels.to(self.model.dtype)
-
-
-def only_shrinks(image_processor, height):
-    """Whether it makes bilinear, smaller, normalised pictures, and nothing else."""
-    return (
-        isinstance(image_processor, CLIPImageProcessorPil)
-        and not image_processor.do_center_crop
-        and image_processor.resample == 2  # bilinear
-        and "height" in image_processor.size
-        and image_processor.size["height"] < height
-        and image_processor.do_resize
-        and image_processor.do_rescale
-        and image_processor.do_normalize
-    )
 
 
 # -------------------------------------------------------------------------------------------------

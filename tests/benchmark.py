@@ -1,12 +1,11 @@
 """How fast: ours, the paper's schedule, and what the hardware allows, measured in one run.
 
     python tests/benchmark.py                      # the built-in model on this machine
-    python tests/benchmark.py --tricks             # only what `FastVLMPolicy` saves
     python tests/benchmark.py --growth FILE        # only how time and memory grow, as a plot
     python tests/benchmark.py --model DIR --env points24 --json benchmark.json
 
 *The paper's schedule* is one environment and one sample at a time in rollout and update, answers
-padded to twice the longest, the plain `VLMPolicy`, and a second full forward pass to score what was
+padded to twice the longest, and a second full forward pass to score what was
 sampled. It runs through the same code here, so the difference is the schedule alone.
 
 *The limit* is the model's arithmetic, counted by hand, over the rate of matrix products of this
@@ -36,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import env  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
-from eval import evaluate, expert_agent, positive_int  # noqa: E402
-from policy import FastVLMPolicy, VLMPolicy, build_policy, load_model  # noqa: E402
+from eval import positive_int  # noqa: E402
+from policy import VLMPolicy, build_policy, load_model  # noqa: E402
 from ppo import Rollout, ppo_update  # noqa: E402
 
 PAPER_MODEL = "random-llava-1.6-7b"
@@ -59,10 +58,7 @@ def main():
         config.lora_rank = args.lora_rank
         return paper_model(config, args.rounds, args.shrink, args.json)
 
-    results = {}
-    if not args.tricks:
-        results |= schedules(config, args.rounds)
-    results |= tricks(config, 4 * args.rounds)  # its pieces are short
+    results = schedules(config, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
@@ -80,7 +76,6 @@ def parse_args():
     add("--rounds", type=positive_int, default=5, help="rounds of all phases; the median counts")
     add("--threads", type=positive_int, default=threads, help="threads of torch")
     add("--json", type=Path, help="file for the results")
-    add("--tricks", action="store_true", help="measure only the tricks of FastVLMPolicy")
     add("--growth", type=Path, metavar="FILE",
         help="measure only how the built-in model's cost grows: a plot (PNG), and exponents")
     add("--shrink", type=positive_int, default=shrink, help=f"divide the sizes of {PAPER_MODEL}")
@@ -134,7 +129,6 @@ class Work:
         torch.manual_seed(0)
         self.policy = build_policy(config)
         self.games = {num_envs: env.Games(config.env, num_envs, 0) for num_envs in (1, 16, 64)}
-        self.begin = {num_envs: games.snapshot() for num_envs, games in self.games.items()}
 
         # An untrained model writes to the last token: teach the format, so that answers have
         # their real length
@@ -150,16 +144,6 @@ class Work:
         """Adam, with a learning rate of 0: it works, and the weights stay."""
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         return torch.optim.Adam(trainable, lr=0.0, fused=True)
-
-    def become(self, policy_class):
-        """Let the policy be of another class. Its weights stay, so no other difference is timed."""
-        self.policy.__class__ = policy_class
-
-    def start_again(self, seed):
-        """Bring the games back to where they began, and fix chance: all do the same work."""
-        for num_envs, games in self.games.items():
-            games.restore(self.begin[num_envs])
-        torch.manual_seed(seed)
 
     # -- SFT
 
@@ -199,18 +183,6 @@ class Work:
                 self.policy.evaluate(padded(answers, 2 * self.config.max_new_tokens))
             games.step(parsed_actions(answers, games.infos, rng))
         return num_steps
-
-    def end_of_rollout(self, answers):
-        """What follows the last step: values of the last states, thoughts under the SFT policy.
-
-        16 environments go with 128 answers, in the proportion of a rollout.
-        """
-        games = self.games[16]
-        self.policy.value(games.images, questions_of(games.infos))
-        with torch.no_grad(), self.policy.model.disable_adapter():
-            for i in range(0, len(answers), self.config.microbatch):
-                self.policy.evaluate(answers[i: i + self.config.microbatch])
-        return len(answers)
 
     def sample(self, count):
         """`count` answers to the first states of the games."""
@@ -299,7 +271,6 @@ def schedules(config, rounds):
     times = {}  # (phase, "ours" or "paper") -> seconds a unit, one for each round
 
     def measure(phase, schedule, function, *args):
-        work.become(FastVLMPolicy if schedule == "ours" else VLMPolicy)
         began = time.perf_counter()
         num_units = function(*args)
         taken = time.perf_counter() - began
@@ -309,7 +280,6 @@ def schedules(config, rounds):
     for _ in range(rounds):
         measure("SFT samples", "ours", work.sft, SFT_SAMPLES)
         measure("SFT samples", "paper", work.sft, 1)
-    work.become(FastVLMPolicy)
     answers = work.sample(2 * PPO_SAMPLES)
     sft_flops = sum(flops_per_sample(work.policy, answers).values())
     work.begin_rl()
@@ -396,92 +366,6 @@ def rates(ours, paper, limit):
         row["limit"] = 1 / limit
         row["of_limit"] = limit / ours
     return row
-
-
-# -------------------------------------------------------------------------------------------------
-# What the tricks of FastVLMPolicy are worth
-
-
-def tricks(config, rounds):
-    """Measure and print what the job would take with the plain `VLMPolicy`; returns a dict.
-
-    In every phase the two take turns, and each round compares them with each other: what slows the
-    machine for a while slows both.
-    """
-    work = Work(config)
-    expert = evaluate(expert_agent, config.env, episodes=200, label="")
-    evaluation_steps = round(2 * config.eval_episodes * expert["episode_length"])  # SFT and RL
-
-    # The job in phases: name -> its number of units, and policy -> seconds a unit in each round
-    num_units = {
-        "SFT": config.sft_steps * config.sft_batch,
-        "steps": config.env_steps + evaluation_steps,
-        "rollouts' ends": config.env_steps,
-        "updates": config.env_steps * config.epochs,
-    }
-    times = {}
-    times["SFT"] = take_turns(work, rounds, work.sft, SFT_SAMPLES)
-    work.begin_rl()
-    answers = work.sample(2 * PPO_SAMPLES)
-    times["steps"] = take_turns(work, rounds, work.play, 64, 2)
-    times["rollouts' ends"] = take_turns(work, rounds, work.end_of_rollout, answers)
-    times["updates"] = take_turns(
-        work, rounds, work.update, answers[:PPO_SAMPLES], config.microbatch)
-    times["updates"][VLMPolicy] = times["updates"][FastVLMPolicy]  # the same code: only noise
-
-    # Seconds of the fast policy, and what the plain one adds: the median of the rounds' ratios
-    fast = {}
-    added = {}        # phase -> seconds, one for each round
-    for phase, policies in times.items():
-        fast[phase] = num_units[phase] * statistics.median(policies[FastVLMPolicy])
-        ratios = np.divide(policies[VLMPolicy], policies[FastVLMPolicy])       # (rounds,)
-        added[phase] = fast[phase] * (ratios - 1)
-    medians = {phase: float(np.median(x)) for phase, x in added.items()}
-    job = sum(fast.values())
-    total = sum(medians.values())
-    low, high = np.percentile(sum(added.values()), [25, 75])
-
-    print(f"What the tricks of FastVLMPolicy are worth ({config.model}, {config.env}, "
-          f"{torch.get_num_threads()} threads, {rounds} rounds, {clock()[0]}).")
-    print("Seconds of the job, and what is added to them without the tricks; "
-          "in parentheses the middle half of the rounds.\n")
-    print(f"{'':<20}" + "".join(f"{phase:>15}" for phase in times) + f"{'in all':>10}   of the job")
-    print(f"{'units':<20}" + "".join(f"{count:15,}" for count in num_units.values()))
-    print(f"{'FastVLMPolicy':<20}" + "".join(f"{x:15.1f}" for x in fast.values()) + f"{job:10.1f}")
-    print(f"{'VLMPolicy adds':<20}" + "".join(f"{x:+15.1f}" for x in medians.values())
-          + f"{total:+10.1f}   {total / job:.1%} ({low / job:.1%} to {high / job:.1%})")
-    return {"fast_seconds": fast, "plain_adds_seconds": medians}
-
-
-def take_turns(work, rounds, function, *args):
-    """Time a piece of work with the fast and the plain policy, `rounds` times in turns.
-
-    Returns a dict: class of the policy -> seconds a unit, one for each round.
-    """
-    times = {FastVLMPolicy: [], VLMPolicy: []}
-    _, now = clock()
-    for i in range(rounds + 1):
-        order = list(times)
-        if i % 2:
-            order.reverse()
-        for policy_class in order:
-            work.become(policy_class)
-            work.start_again(seed=i)
-            began = now()
-            num_units = function(*args)
-            times[policy_class].append((now() - began) / num_units)
-    work.become(FastVLMPolicy)
-    return {name: values[1:] for name, values in times.items()}  # the first round warms up
-
-
-def clock():
-    """(name, function) of the clock that tells how long work takes where others share the machine.
-
-    One thread has worked as long as it had a processor; several wait for each other.
-    """
-    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
-        return "processor time", time.process_time
-    return "wall clock", time.perf_counter
 
 
 # -------------------------------------------------------------------------------------------------
@@ -601,7 +485,7 @@ def sized(patches=5, width=128, tokens=32):
     config.text_config.hidden_size = width
     config.text_config.intermediate_size = 3 * width
     processor.image_processor.size = {"height": 20 * patches, "width": 20 * patches}
-    policy = FastVLMPolicy(type(model)(config), processor, max_new_tokens=tokens)
+    policy = VLMPolicy(type(model)(config), processor, max_new_tokens=tokens)
     write_to_the_last_token(policy)
     policy.add_lora(16, 32)
     return policy
@@ -709,7 +593,7 @@ def random_llava(config, shrink, device):
     with torch.device(device):
         model = LlavaForConditionalGeneration(architecture)
     torch.set_default_dtype(torch.float32)
-    policy = FastVLMPolicy(model, processor, config.temperature, max_new_tokens=100)
+    policy = VLMPolicy(model, processor, config.temperature, max_new_tokens=100)
     write_to_the_last_token(policy)
     return policy
 

@@ -2,12 +2,11 @@
 
 Each has its own processor, kind of tokenizer and chat template. Qwen2.5-VL's processor needs
 torchvision (for videos, which nobody plays here), so its model is tested behind a processor made of
-its own parts. Every family is tested with both policies, the plain one and the fast one.
+its own parts.
 """
 import json
 import shutil
 from importlib.util import find_spec
-from itertools import product
 from unittest.mock import Mock
 
 import gymnasium as gym
@@ -30,12 +29,11 @@ import env
 import policy as policy_module
 import prompts
 import train
-from policy import FastVLMPolicy, VLMPolicy, load_model, load_run
+from policy import VLMPolicy, load_model, load_run
 from ppo import Rollout, ppo_update
 
 torch.set_num_threads(1)
 
-POLICIES = [VLMPolicy, FastVLMPolicy]
 SUMS = ("logp_cot", "logp_action", "value")  # what `act` writes into an answer and `evaluate` again
 
 # -------------------------------------------------------------------------------------------------
@@ -256,25 +254,24 @@ def checkpoints(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module", params=product(FAMILIES, POLICIES),
-                ids=lambda param: f"{param[0]}-{param[1].__name__}")
+@pytest.fixture(scope="module", params=FAMILIES)
 def policy(request, checkpoints):
-    family, policy_class = request.param
+    family = request.param
     with pytest.MonkeyPatch.context() as patch:
         if family == "qwen":
             patch.setattr(policy_module.AutoProcessor, "from_pretrained", read_qwen_processor)
         loaded = load_model(str(checkpoints(family)), image_tiles="anyres")
-    return with_adapter(policy_class, loaded)
+    return with_adapter(loaded)
 
 
 def read_qwen_processor(folder, **kwargs):
     return QwenProcessor(tf.AutoTokenizer.from_pretrained(folder))
 
 
-def with_adapter(policy_class, loaded):
+def with_adapter(loaded):
     """A policy with an adapter that does something; the same weights at every call."""
     torch.manual_seed(1)
-    policy = policy_class(*loaded, temperature=0.7, max_new_tokens=20)
+    policy = VLMPolicy(*loaded, temperature=0.7, max_new_tokens=20)
     policy.add_lora(4, 8)
     for name, p in policy.model.named_parameters():
         if "lora_B" in name:
@@ -312,7 +309,7 @@ def column(answers, name):
 
 
 # -------------------------------------------------------------------------------------------------
-# Every family, plain and fast
+# Every family
 
 
 def test_sampling_and_scoring_agree(policy):
@@ -405,68 +402,13 @@ def test_no_special_token_but_the_end_can_be_sampled(policy):
 
 
 # -------------------------------------------------------------------------------------------------
-# The fast policy beside the plain one
-
-
-@pytest.mark.parametrize("family", ["tiny", "llava"])
-def test_the_fast_policy_does_what_the_plain_one_does(family, checkpoints):
-    name = "tiny" if family == "tiny" else str(checkpoints(family))
-    plain = with_adapter(VLMPolicy, load_model(name))
-    fast = with_adapter(FastVLMPolicy, load_model(name))
-    assert_equal_weights(plain, fast)
-
-    expected = sampled(plain)
-    for _ in range(2):  # the second time the prompts are known
-        answers = sampled(fast)
-        for answer, plain_answer in zip(answers, expected):
-            assert answer.tokens.tolist() == plain_answer.tokens.tolist()
-            torch.testing.assert_close(
-                answer.token_logps, plain_answer.token_logps, atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            column(answers, "value"), column(expected, "value"), atol=1e-4, rtol=0)
-    if family == "tiny":  # llava's checkpoint cuts its pictures, which the fast way does not
-        assert len(fast.known_prompts) == len(answers)
-
-    scores = fast.evaluate(answers)
-    plain_scores = plain.evaluate(expected)
-    for name in (*SUMS, "entropy", "token_logps"):
-        torch.testing.assert_close(
-            getattr(scores, name), getattr(plain_scores, name), atol=1e-4, rtol=0)
-
-    # Gradients of everything that the update fits, each relative to its own size
-    gradients = gradients_of(fast, scores)
-    plain_gradients = gradients_of(plain, plain_scores)
-    assert gradients.keys() == plain_gradients.keys()
-    assert len(gradients) > 20
-    for name, plain_gradient in plain_gradients.items():
-        error = (gradients[name] - plain_gradient).norm()
-        assert error <= 1e-4 * plain_gradient.norm(), name
-
-
-def assert_equal_weights(policy, other):
-    weights = policy.state_dict()
-    other_weights = other.state_dict()
-    assert weights.keys() == other_weights.keys()
-    for name, x in weights.items():
-        assert torch.equal(x, other_weights[name]), name
-
-
-def gradients_of(policy, scores):
-    """Gradients of all parameters that have one, as a dict, for the sum of all that was scored."""
-    total = (scores.logp_cot + scores.logp_action + scores.value).sum()
-    total.backward()
-    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-
-
-# -------------------------------------------------------------------------------------------------
 # Number formats, tokens, checkpoints of gradients, tiles
 
 
-@pytest.mark.parametrize("policy_class", POLICIES)
 @pytest.mark.parametrize("family", ["llava", "gemma3"])  # Gemma's embeddings are its head's weights
-def test_in_bfloat16_log_probabilities_are_not_rounded(family, policy_class, checkpoints):
+def test_in_bfloat16_log_probabilities_are_not_rounded(family, checkpoints):
     loaded = load_model(str(checkpoints(family)), dtype=torch.bfloat16)
-    policy = policy_class(*loaded, temperature=0.2, max_new_tokens=4)
+    policy = VLMPolicy(*loaded, temperature=0.2, max_new_tokens=4)
     policy.add_lora(4, 8)
     assert policy.head.weight.dtype == torch.float32
     assert not policy.head.weight.requires_grad
@@ -503,12 +445,11 @@ def test_added_white_space_can_be_sampled_but_nothing_else_that_was_added(checkp
     assert policy.forbidden[ids].tolist() == [0, 0, -torch.inf, -torch.inf]
 
 
-@pytest.mark.parametrize("policy_class", POLICIES)
-def test_gradient_checkpointing_changes_no_gradient(policy_class, checkpoints):
+def test_gradient_checkpointing_changes_no_gradient(checkpoints):
     images, questions, _ = states()
     gradients = []
     for is_checkpointed in (True, False):
-        policy = policy_class(*load_model(str(checkpoints("llava"))))
+        policy = VLMPolicy(*load_model(str(checkpoints("llava"))))
         if is_checkpointed:
             policy.checkpoint_gradients()
             assert policy.checkpointed_layers
@@ -522,9 +463,8 @@ def test_gradient_checkpointing_changes_no_gradient(policy_class, checkpoints):
     assert gradients[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("policy_class", POLICIES)
 @pytest.mark.parametrize("family, tokens", [("llava_next", (56 // 14) ** 2), ("idefics3", 4)])
-def test_one_tile_is_read_with_the_same_weights(family, tokens, policy_class, checkpoints):
+def test_one_tile_is_read_with_the_same_weights(family, tokens, checkpoints):
     tiled = load_model(str(checkpoints(family)), image_tiles="anyres")
     one = load_model(str(checkpoints(family)))
     weights = tiled[0].state_dict()
@@ -535,7 +475,7 @@ def test_one_tile_is_read_with_the_same_weights(family, tokens, policy_class, ch
     images, questions, _ = states()
     num_image_tokens = []
     for loaded in (one, tiled):
-        inputs = policy_class(*loaded).encode(images, questions)
+        inputs = VLMPolicy(*loaded).encode(images, questions)
         num_image_tokens.append((inputs[0]["input_ids"] == image_token).sum().item())
     assert num_image_tokens[0] == tokens < num_image_tokens[1]
 

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 import env
 import prompts
-from policy import FastVLMPolicy, VLMPolicy, load_model, shrink
+from policy import VLMPolicy, load_model
 
 torch.set_num_threads(1)
 
@@ -17,9 +17,9 @@ def states(name, n=6):
     return np.stack(pictures), [prompts.build_prompt(info) for info in infos], list(infos)
 
 
-def build(policy_class):
+def build():
     torch.manual_seed(0)
-    policy = policy_class(*load_model("tiny"), temperature=0.7, max_new_tokens=24)
+    policy = VLMPolicy(*load_model("tiny"), temperature=0.7, max_new_tokens=24)
     policy.add_lora(4, 8)
     for name, p in policy.model.named_parameters():  # an adapter that does something
         if "lora_B" in name:
@@ -30,18 +30,8 @@ def build(policy_class):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return build(VLMPolicy)
-
-
-@pytest.fixture(scope="module")
-def fast():
-    return build(FastVLMPolicy)
-
-
-@pytest.fixture(params=["plain", "fast"])
-def policy(request):
-    return request.getfixturevalue(request.param)
+def policy():
+    return build()
 
 
 def demonstrations(policy, name, n=6):
@@ -92,18 +82,6 @@ def test_left_padding_and_batching_change_nothing(policy):
             assert abs(getattr(together, field)[i] - getattr(alone, field)[0]) < 1e-4
 
 
-def test_prompts_read_once_and_pictures_shrunk_at_once_are_what_the_processor_makes(fast):
-    pictures, texts, _ = states("points24")
-    policy, small = fast, shrink(pictures, 100, 100).permute(0, 2, 3, 1).numpy()
-    for _ in range(2):  # the second time every prompt is known
-        for picture, text, inputs in zip(small, texts, policy.encode(pictures, texts)):
-            asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-            alone = policy.processor(images=[picture], text=[policy.processor.apply_chat_template(asked, add_generation_prompt=True)], return_tensors="pt")
-            assert alone.keys() == inputs.keys()
-            for key, x in inputs.items():
-                torch.testing.assert_close(x, alone[key], atol=1e-5, rtol=0)
-
-
 def test_special_tokens_are_never_sampled(policy):
     model = policy.model.get_base_model()
     image = model.config.image_token_id
@@ -111,30 +89,6 @@ def test_special_tokens_are_never_sampled(policy):
         logp = policy.log_probs(torch.full((1, model.config.text_config.vocab_size), 0.0).index_fill(1, torch.tensor([image]), 1e4))
     assert logp[0, image] == -torch.inf and torch.isfinite(logp[0, policy.eos_ids]).all()
     assert torch.isclose(logp.exp().sum(), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("name", ["blackjack", "points24"])
-def test_plain_and_fast_give_the_same_tokens_scores_and_gradients(name, plain, fast):
-    sampled = []
-    for policy in (plain, fast):
-        torch.manual_seed(1)
-        sampled.append(policy.act(*states(name)[:2]))
-    for one, other in zip(*sampled):
-        assert torch.equal(one.tokens, other.tokens)
-        assert one.num_cot_tokens == other.num_cot_tokens and one.text == other.text
-        for field in ("logp_cot", "logp_action", "value"):
-            assert abs(getattr(one, field) - getattr(other, field)) < 1e-4
-
-    scores, gradients = [], []
-    for policy in (plain, fast):
-        scores.append(policy.evaluate(demonstrations(policy, name)))
-        (scores[-1].logp_cot + scores[-1].logp_action + scores[-1].value).sum().backward()
-        trained = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
-        gradients.append(torch.cat(trained))
-        policy.zero_grad(set_to_none=True)
-    for one, other in zip(*(vars(score).values() for score in scores)):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
 
 def test_an_adapter_switched_off_stays_off(policy):
@@ -207,12 +161,12 @@ def test_save_and_load(policy, tmp_path):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_the_action_begins_right_where_a_prefix_is_longer_than_the_whole(plain):
+def test_the_action_begins_right_where_a_prefix_is_longer_than_the_whole(policy):
     # Half an emoji decodes to more characters than a whole one
     pictures, texts, _ = states("blackjack", 1)
     text = '{"thoughts": "\U0001f0a1\U0001f0a1\U0001f0a1", "action": "hit"}'
-    answer = plain.demonstrate(pictures, texts, [text])[0]
-    head = plain.decode(answer.tokens[:answer.num_cot_tokens].tolist())
+    answer = policy.demonstrate(pictures, texts, [text])[0]
+    head = policy.decode(answer.tokens[:answer.num_cot_tokens].tolist())
     assert answer.text == text and head.endswith("\U0001f0a1\", ") or head.endswith("\U0001f0a1")
     assert '"action"' not in head
 
