@@ -24,6 +24,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -829,7 +830,10 @@ def build_policy(config, weights=None):
         source, config.seed, texts, config.image_tiles, device, getattr(torch, config.dtype),
         config.quantize, config.trust_remote_code)
 
-    policy = VLMPolicy(model, processor, config.temperature, config.max_new_tokens)
+    policy_class = VLMPolicy
+    if getattr(config, "project", None):  # a file in docs/projects may have a class of its own
+        policy_class = import_module(f"docs.projects.{config.project}").Policy
+    policy = policy_class(model, processor, config.temperature, config.max_new_tokens)
     if has_adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)
         policy.merge_lora()

@@ -37,8 +37,10 @@ class Rollout:
     truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
 
     # None where the settings do not ask for it
-    sft_logp: torch.Tensor | None = None     # log p(v_out | o, v_in) under the SFT policy
-    token_logps: torch.Tensor | None = None   # (T, N, L) log p of each token, 0 after the end
+    legal: torch.Tensor | None = None            # the answer named one legal action
+    sft_logp_cot: torch.Tensor | None = None     # as logp_cot, under the SFT policy
+    sft_logp_action: torch.Tensor | None = None  # as logp_action, under the SFT policy
+    token_logps: torch.Tensor | None = None      # (T, N, L) log p of each token, 0 after the end
 
 
 def action_log_prob(logp_cot, logp_action, cot_scale):
@@ -119,20 +121,28 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     }
 
 
-def drift_from_sft(logp, sft_logp):
+def drift_from_sft(new, old):
     """How far answers have drifted from those of the SFT policy, (N,).
 
     Nothing rewards well-formed answers: after an illegal one a random action is played, and may
     win. So answers drift until many are illegal. A small weight on this term keeps what SFT has
-    taught. With x = log p(v_out) - log p_SFT(v_out), thoughts and action together, it is
+    taught. Legal actions are free, because to choose among them is what RL is for:
 
+        x = log p(v_tht) - log p_SFT(v_tht), and if the action is illegal,
+            log p(v_act) - log p_SFT(v_act) is added
         x^2 / 2 where |x| <= DRIFT_LIMIT, then a straight line      (Huber's loss)
 
-    The mean gradient of x^2 / 2 over samples of p is the gradient of KL(p, p_SFT). The straight
-    line is for answers that SFT would almost never write, with x of 100 or more. With x^2 / 2, one
-    of them would outweigh all other answers, and destroy the policy.
+    The mean gradient of x^2 / 2 over samples of p is that of the KL divergence from p to p_SFT. The
+    straight line is for texts that SFT would almost never write, with x of 100 or more. With
+    x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
+
+    new: logp_cot and logp_action, (N,), with gradients. old: dict of legal, sft_logp_cot and
+    sft_logp_action, each (N,).
     """
-    return huber_loss(logp, sft_logp, reduction="none", delta=DRIFT_LIMIT)
+    drift = new.logp_cot - old["sft_logp_cot"]                                 # (N,)
+    action_drift = new.logp_action - old["sft_logp_action"]                    # (N,)
+    drift = torch.where(old["legal"], drift, drift + action_drift)
+    return huber_loss(drift, torch.zeros_like(drift), reduction="none", delta=DRIFT_LIMIT)
 
 
 def ppo_update(policy, optimizer, rollout, cot_scale, config):
@@ -163,7 +173,9 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
         "return": returns,
     }
     if config.drift_coef:
-        old["sft_logp"] = rollout.sft_logp
+        old["legal"] = rollout.legal
+        old["sft_logp_cot"] = rollout.sft_logp_cot
+        old["sft_logp_action"] = rollout.sft_logp_action
     if rollout.token_logps is not None:
         old["token_logps"] = rollout.token_logps
     old = {name: x.flatten(0, 1) for name, x in old.items()}   # (T * N,), in the answers' order
@@ -183,8 +195,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
                 losses |= token_ratio_loss(new, old_piece, config.clip)
             loss = losses["policy_loss"] + config.value_coef * losses["value_loss"]
             if config.drift_coef:
-                logp = new.logp_cot + new.logp_action                          # log p(v_out)
-                losses["drift_from_sft"] = drift_from_sft(logp, old_piece["sft_logp"])
+                losses["drift_from_sft"] = drift_from_sft(new, old_piece)
                 loss = loss + config.drift_coef * losses["drift_from_sft"]
 
             # The mean over the mini-batch: what pieces and processes contribute is added up

@@ -198,8 +198,8 @@ def make_parser():
     setting(ppo, "--target-kl", 0.02, "end an update where approx_kl, the distance from the policy "
             "that sampled, exceeds 1.5 times this; 0: off",
             type=not_negative)
-    setting(ppo, "--drift-coef", 0.05, "weight of KL(p, p_SFT) of the answers; 0: off",
-            type=not_negative)
+    setting(ppo, "--drift-coef", 0.1, "weight of KL(p, p_SFT) of thoughts, and of illegal actions; "
+            "0: off", type=not_negative)
     setting(ppo, "--gamma", 0.9, "discount", type=fraction)
     setting(ppo, "--gae-lambda", 0.95, "lambda of generalised advantage estimation", type=fraction)
     setting(ppo, "--lora-rank", 16, "rank of the adapter", type=positive_int)
@@ -227,7 +227,12 @@ def make_parser():
              "curves.png into --out")
     add("--seeds", metavar="S,S", help="of --sweep [0]")
     add("--quick", action="store_true", help="--sweep at a size that shows only whether it works")
+    add_settings(parser)
     return parser
+
+
+def add_settings(parser):
+    """Flags of a project that imports this file: it puts its own function in this place."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -370,8 +375,8 @@ class Collector:
         terminated = []
         truncated = []
         final_values = []    # V of the last picture of a truncated episode, else 0
+        legal = []           # T * N bool: whether an answer named one legal action
         episodes = []        # (success, return) of each episode that ended
-        num_illegal = 0
         num_steps = self.config.rollout_steps // self.config.num_envs          # T
         for _ in range(num_steps):
             # 1. See: the pictures o and the prompts v_in
@@ -388,9 +393,9 @@ class Collector:
                 action, was_legal = prompts.parse_action(
                     new_answers[i].text, info["legal_actions"], self.rng)
                 actions.append(action)
+                legal.append(was_legal)
                 if not was_legal:  # some tasks punish it
                     penalties[i] = env.GAMES[info["env"]].illegal_penalty
-                    num_illegal += 1
 
             # 4. Play
             step = self.games.step(actions)
@@ -437,9 +442,10 @@ class Collector:
             rewards=torch.tensor(np.array(rewards)).float(),
             terminated=torch.tensor(np.array(terminated)),
             truncated=truncated,
+            legal=self.grid(legal),
         )
         self.add_optional(rollout)
-        return rollout, self.statistics(episodes, num_illegal)
+        return rollout, self.statistics(episodes, legal.count(False))
 
     def values_at_time_limit(self, step):
         """V (N,) of the last pictures of episodes that the time limit ended in this step; else 0.
@@ -461,7 +467,7 @@ class Collector:
         return [prompts.build_prompt(info, self.config.prompt) for info in infos]
 
     def grid(self, numbers):
-        """T * N numbers, step after step, as a float32 tensor (T, N)."""
+        """T * N numbers or bools, step after step, as a tensor (T, N)."""
         return torch.tensor(numbers).reshape(-1, self.num_envs)
 
     def add_optional(self, rollout):
@@ -469,12 +475,15 @@ class Collector:
         if self.config.drift_coef:
             # PPO trains an adapter alone; what SFT has taught is in the weights below it. So the
             # same network with its adapter off is the SFT policy.
-            sft_logp = []
+            scores = []
             with torch.no_grad(), self.policy.model.disable_adapter():
                 for i in range(0, len(rollout.answers), self.config.microbatch):
-                    scores = self.policy.evaluate(rollout.answers[i: i + self.config.microbatch])
-                    sft_logp.append((scores.logp_cot + scores.logp_action).cpu())
-            rollout.sft_logp = torch.cat(sft_logp).reshape(rollout.values.shape)
+                    piece = rollout.answers[i: i + self.config.microbatch]
+                    scores.append(self.policy.evaluate(piece))
+            logp_cot = torch.cat([piece.logp_cot for piece in scores]).cpu()
+            logp_action = torch.cat([piece.logp_action for piece in scores]).cpu()
+            rollout.sft_logp_cot = logp_cot.reshape(rollout.values.shape)
+            rollout.sft_logp_action = logp_action.reshape(rollout.values.shape)
 
         if self.config.ratio == "token":  # a variant
             logps = [answer.token_logps for answer in rollout.answers]

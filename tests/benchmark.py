@@ -229,7 +229,9 @@ def update(policy, optimizer, answers, microbatch, config):
         rewards=torch.randn(shape),
         terminated=torch.ones(shape, dtype=torch.bool),
         truncated=torch.zeros(shape, dtype=torch.bool),
-        sft_logp=row("logp_cot") + row("logp_action"),
+        legal=torch.ones(shape, dtype=torch.bool),
+        sft_logp_cot=row("logp_cot"),
+        sft_logp_action=row("logp_action"),
     )
     one_step = {"epochs": 1, "minibatch": len(answers), "microbatch": microbatch}
     config = argparse.Namespace(**vars(config) | one_step)

@@ -331,7 +331,9 @@ def test_the_first_ratio_is_1_and_the_update_reaches_every_part(policy):
         rewards=torch.arange(6.0)[None],
         terminated=torch.ones(1, 6, dtype=torch.bool),
         truncated=torch.zeros(1, 6, dtype=torch.bool),
-        sft_logp=column(answers, "logp_cot")[None] + column(answers, "logp_action")[None],
+        legal=torch.tensor([[True, False] * 3]),
+        sft_logp_cot=column(answers, "logp_cot")[None],
+        sft_logp_action=column(answers, "logp_action")[None],
     )
     config, _ = train.configure(
         ["--env", "blackjack", "--epochs", "1", "--minibatch", "6", "--microbatch", "3"])

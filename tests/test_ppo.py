@@ -173,7 +173,8 @@ def test_the_penalty_draws_answers_back_to_the_sft_policy():
     policy = Bandit()
     r = bandit_rollout(policy)
     r.logp_action, r.rewards = torch.full((32, 1), math.log(0.5)), torch.zeros(32, 1)  # no advantage pulls elsewhere
-    r.sft_logp = torch.tensor([0.2, 0.8] * 16).log()[:, None]
+    r.sft_logp_cot, r.sft_logp_action = r.logp_cot, torch.tensor([0.2, 0.8] * 16).log()[:, None]
+    r.legal = torch.zeros(32, 1, dtype=torch.bool)
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
     stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=50, minibatch=32, drift_coef=1.0))
     assert 0.65 < policy.logits.softmax(0)[1] < 0.85 and stats["drift_from_sft"] > 0
@@ -285,10 +286,24 @@ def test_small_errors_of_a_right_value_function_are_not_blown_up():
     assert normalise(10 * errors, 10 * torch.ones(2, 2)).abs().max() == pytest.approx(0.01)
 
 
-def test_one_strange_answer_does_not_outweigh_all_others():
-    logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    sft_logp = torch.tensor([-1.5, -2.0, -1000.0])
-    terms = drift_from_sft(logp, sft_logp)
-    assert terms.tolist() == [0.125, 0.0, 5 * (997 - 2.5)]  # x^2 / 2, then a straight line
+def drift_of(cot, action, sft_cot, sft_action, legal):
+    """(penalties, their gradients towards thoughts, towards actions) of N answers."""
+    cot = torch.tensor(cot, requires_grad=True)
+    action = torch.tensor(action, requires_grad=True)
+    old = {"sft_logp_cot": torch.tensor(sft_cot), "sft_logp_action": torch.tensor(sft_action),
+           "legal": torch.tensor(legal)}
+    terms = drift_from_sft(SimpleNamespace(logp_cot=cot, logp_action=action), old)
     terms.sum().backward()
-    assert logp.grad.tolist() == [0.5, 0.0, 5.0]  # its gradient is x, at most 5
+    return terms.tolist(), cot.grad.tolist(), action.grad.tolist()
+
+
+def test_one_strange_answer_does_not_outweigh_all_others():
+    terms, cot_gradient, _ = drift_of([-1.0, -2.0, -3.0], [0.0] * 3, [-1.5, -2.0, -1000.0], [0.0] * 3, [True] * 3)
+    assert terms == [0.125, 0.0, 5 * (997 - 2.5)]  # x^2 / 2, then a straight line
+    assert cot_gradient == [0.5, 0.0, 5.0]  # its gradient is x, at most 5
+
+
+def test_legal_actions_are_free_and_illegal_ones_are_held():
+    terms, cot_gradient, action_gradient = drift_of([-1.0] * 2, [-1.0] * 2, [-1.5] * 2, [-4.0] * 2, [True, False])
+    assert terms == [0.125, 3.5 ** 2 / 2]  # 0.5 of the thoughts, and 3 of the illegal action
+    assert cot_gradient == [0.5, 3.5] and action_gradient == [0.0, 3.5]

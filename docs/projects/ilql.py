@@ -1,0 +1,187 @@
+"""ILQL, implicit language Q-learning (Snell et al. 2023, arXiv 2206.11871): offline, nothing is
+sampled while it learns.
+
+    python docs/projects/ilql.py --env blackjack
+
+How it differs from ppo.py:
+1. It learns from demonstrations with their rewards, of the same mediocre player that SFT imitates.
+   Their number is `--env-steps`.
+2. Two heads on the hidden states of the SFT model, which does not change: Q of every next token,
+   and V. A step's reward comes with the last token of its answer. (After the thoughts, `next` in
+   the formulas is the next token. Within them it is the action's first token: demonstrated
+   thoughts leave no choice, and values then travel faster.)
+3. The agent samples from the logits of SFT + beta (Q - V). There is no adapter, no ratio, no lambda.
+"""
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import env  # noqa: E402
+import prompts  # noqa: E402
+import train  # noqa: E402
+from policy import VLMPolicy, append_tokens  # noqa: E402
+
+
+def ilql_losses(q, v, target_q, tokens, rewards, next_v, expectile):
+    """The three losses of ILQL for N tokens (paper, section 4), each (N,).
+
+        L_Q = 1/2 (r + V(next) - Q(token))^2      V(next) with its discount, 0 after the end
+        L_V = |expectile - 1(u < 0)| u^2          u = Q_target(token) - V: V near the best tokens
+        L_C = -log softmax(Q)(token)              conservative: low Q for tokens never shown
+
+    q: (N, V) of the trained head; v, target_q, rewards, next_v: (N,), the last three without
+    gradients; tokens: (N,) int64.
+    """
+    q_loss = 0.5 * (rewards + next_v - q.gather(1, tokens[:, None])[:, 0]) ** 2
+    u = target_q - v
+    v_loss = (expectile - (u < 0).float()).abs() * u ** 2
+    return q_loss, v_loss, cross_entropy(q, tokens, reduction="none")
+
+
+class Steering(nn.Module):
+    """The language head of SFT, plus beta (Q - V) once it is trained. Reads hidden states."""
+
+    def __init__(self, head):
+        super().__init__()
+        width, vocab_size = head.in_features, head.out_features
+        self.head = head
+        self.register_buffer("beta", torch.tensor(0.0))
+        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.ReLU())
+        self.q = nn.Linear(256, vocab_size)
+        self.v = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.ReLU(),
+                               nn.Linear(256, 1))
+
+    @property
+    def weight(self):
+        return self.head.weight
+
+    def forward(self, hidden):
+        logits = self.head(hidden)                                             # (..., V)
+        if self.beta == 0:
+            return logits
+        return logits + self.beta * (self.q(self.body(hidden)) - self.v(hidden))
+
+
+class Policy(VLMPolicy):
+    """`VLMPolicy` with a steered language head, which its run directory holds, too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head = Steering(self.head)
+
+    def save(self, directory):
+        super().save(directory)
+        heads = {name: x for name, x in self.head.state_dict().items() if "head." not in name}
+        save_file(heads, directory / "steering.safetensors")
+
+    def load(self, directory):
+        super().load(directory)
+        self.head.load_state_dict(load_file(directory / "steering.safetensors"), strict=False)
+
+
+@torch.no_grad()
+def demonstrations(policy, config):
+    """Play the demonstrator for `env_steps` steps; returns lists, an entry a step.
+
+    hidden (L + 1, D), tokens (L,), num_cot, reward, and where in the lists its next state is (None
+    after the end of an episode).
+    """
+    rng = np.random.default_rng(config.seed)
+    games = train.make_games("rollout", config.num_envs, config)
+    steps = []
+    for t in range(config.env_steps // config.num_envs):
+        infos = games.infos
+        actions = [env.expert_action(info) for info in infos]
+        for i in np.flatnonzero(rng.random(len(infos)) < config.demo_noise):
+            actions[i] = str(rng.choice(infos[i]["legal_actions"]))
+        questions = [prompts.build_prompt(info, config.prompt) for info in infos]
+        texts = [prompts.demonstration(info, action, config.prompt)
+                 for info, action in zip(infos, actions)]
+        answers = policy.demonstrate(games.images, questions, texts)
+
+        # Read the answers once; SFT's hidden states are all that the heads need
+        tokens = pad_sequence([answer.tokens for answer in answers], batch_first=True)
+        lengths = torch.tensor([len(answer.tokens) for answer in answers])
+        mask = torch.arange(tokens.shape[1]) < lengths[:, None]                # (N, L)
+        batch = append_tokens(policy.collate([a.inputs for a in answers]), tokens, mask)
+        hidden = policy.hidden_states(batch, keep=tokens.shape[1] + 1)         # (N, L + 1, D)
+
+        played = games.step(actions)
+        ended = played["terminated"] | played["truncated"]
+        for i, answer in enumerate(answers):
+            length = len(answer.tokens)
+            steps.append({
+                "hidden": hidden[i, :length + 1].clone(), "tokens": answer.tokens,
+                "num_cot": answer.num_cot_tokens, "reward": float(played["rewards"][i]),
+                "next": None if ended[i] else len(steps) + config.num_envs})
+    return [step for step in steps if step["next"] is None or step["next"] < len(steps)], steps
+
+
+def reinforce(policy, config, run):
+    """Fit Q and V to the demonstrations (in the place of PPO), and switch the steering on."""
+    heads = policy.head
+    known, steps = demonstrations(policy, config)  # known: those whose next state is there
+    scale = np.std([step["reward"] for step in steps]) + 1e-6  # one beta for all tasks
+    slow = copy.deepcopy(heads)                                # the target network of Q
+    trainable = [*heads.body.parameters(), *heads.q.parameters(), *heads.v.parameters()]
+    optimizer = torch.optim.Adam(trainable, config.ilql_lr)
+    for update in range(config.ilql_steps):
+        # Join the tokens of 64 answers; `next` is the hidden state whose V follows each token
+        hidden, next_hidden, tokens, rewards, discounts = [], [], [], [], []
+        for k in torch.randint(len(known), (64,)).tolist():
+            step = known[k]
+            length = len(step["tokens"])
+            after = torch.arange(1, length + 1).clamp(min=min(step["num_cot"], length))
+            following = step["hidden"][after].clone()                          # (L, D)
+            reward, discount = torch.zeros(length), torch.ones(length)
+            reward[-1], discount[-1] = step["reward"] / scale, 0.0
+            if step["next"] is not None:
+                following[-1], discount[-1] = steps[step["next"]]["hidden"][0], config.gamma
+            hidden.append(step["hidden"][:-1])
+            next_hidden.append(following)
+            tokens.append(step["tokens"])
+            rewards.append(reward)
+            discounts.append(discount)
+        hidden, next_hidden, tokens, rewards, discounts = map(
+            torch.cat, (hidden, next_hidden, tokens, rewards, discounts))
+
+        with torch.no_grad():
+            target_q = slow.q(slow.body(hidden)).gather(1, tokens[:, None])[:, 0]
+            next_v = discounts * heads.v(next_hidden)[:, 0]
+        losses = ilql_losses(heads.q(heads.body(hidden)), heads.v(hidden)[:, 0], target_q, tokens,
+                             rewards, next_v, config.expectile)
+        q_loss, v_loss, conservative = (x.mean() for x in losses)
+        (q_loss + v_loss + config.conservative_coef * conservative).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for old, new in zip(slow.parameters(), heads.parameters()):
+                old.lerp_(new, 0.02)
+        if (update + 1) % 100 == 0:
+            run.log(stage="ilql", step=update + 1, q_loss=q_loss.item(), v_loss=v_loss.item(),
+                    conservative=conservative.item())
+    heads.beta.fill_(config.beta)
+
+
+def add_settings(parser):
+    group = parser.add_argument_group("ILQL")
+    train.setting(group, "--beta", 4.0, "weight of Q - V", type=train.positive)
+    train.setting(group, "--expectile", 0.8, "of V; 0.5: the mean", type=train.fraction)
+    train.setting(group, "--conservative-coef", 0.01, "its weight", type=train.not_negative)
+    train.setting(group, "--ilql-steps", 2000, "of the optimiser", type=train.positive_int)
+    train.setting(group, "--ilql-lr", 1e-3, "learning rate", type=train.positive)
+    parser.set_defaults(project="ilql")  # eval.py finds `Policy` by this name
+
+
+if __name__ == "__main__":
+    train.reinforce = reinforce
+    train.add_settings = add_settings
+    train.main()
