@@ -210,7 +210,37 @@ class VLMPolicy(nn.Module):
 
     def evaluate(self, answers):
         """Score N answers again, each under its own picture and prompt; returns `Scores`."""
-        # 1. Put every answer behind its prompt
+        # 1. Run the model once
+        hidden, tokens, token_mask, is_cot = self.read(answers)
+
+        # 2. State 0 gives the value; state i gives the log-probabilities of answer token i
+        value = self.value_of(hidden[:, 0])                                    # (N,)
+        log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
+
+        # 3. Sum the log-probabilities of the tokens, thoughts and action apart
+        token_logps = log_probs.gather(2, tokens[:, :, None]).squeeze(2)       # (N, L)
+        token_logps = token_logps.masked_fill(~token_mask, 0)
+        logp_cot = (token_logps * is_cot).sum(1)                               # (N,)
+        logp_action = (token_logps * ~is_cot).sum(1)                           # (N,)
+
+        # The entropy is for the report. (Without the clamp a forbidden token gives 0 * -inf = NaN.)
+        with torch.no_grad():
+            token_entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(2)   # (N, L)
+            token_entropy = token_entropy.masked_fill(~token_mask, 0)
+            entropy = token_entropy.sum(1) / token_mask.sum(1)                      # (N,)
+        return Scores(logp_cot, logp_action, value, entropy, token_logps, token_mask)
+
+    def read(self, answers):
+        """Let the model read N answers, each behind its own picture and prompt.
+
+        Returns hidden states (N, L + 1, D), tokens (N, L), token_mask (N, L), which is False after
+        an answer's end, and is_cot (N, L), True for the tokens of the thoughts. State 0 is that of
+        the prompt's last token. State i predicts answer token i; the last one predicts nothing:
+
+          padding | prompt ... last token | answer token 0 | ... | answer token L - 1
+                    (left)   state 0        state 1                state L
+        """
+        # Put every answer behind its prompt
         batch = self.collate([answer.inputs for answer in answers])
         device = batch["input_ids"].device
         token_rows = [answer.tokens for answer in answers]
@@ -221,29 +251,12 @@ class VLMPolicy(nn.Module):
         num_cot = torch.tensor([answer.num_cot_tokens for answer in answers], device=device)
         position = torch.arange(tokens.shape[1], device=device)                           # (L,)
         token_mask = position < lengths[:, None]                                          # (N, L)
+        is_cot = position < num_cot[:, None]                                              # (N, L)
         batch = append_tokens(batch, tokens, token_mask)
 
-        # 2. Run the model once, and keep L + 1 hidden states of each row. State 0 is that of the
-        # prompt's last token. State i predicts answer token i, and the last state predicts nothing:
-        #
-        #   padding | prompt ... last token | answer token 0 | ... | answer token L - 1
-        #             (left)   state 0        state 1                state L
+        # The states before the prompt's last token are not needed
         hidden = self.hidden_states(batch, keep=tokens.shape[1] + 1)           # (N, L + 1, D)
-        value = self.value_of(hidden[:, 0])                                    # (N,)
-        log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
-
-        # 3. Sum the log-probabilities of the tokens, thoughts and action apart
-        token_logps = log_probs.gather(2, tokens[:, :, None]).squeeze(2)       # (N, L)
-        token_logps = token_logps.masked_fill(~token_mask, 0)
-        is_cot = position < num_cot[:, None]                                   # (N, L)
-        logp_cot = (token_logps * is_cot).sum(1)                               # (N,)
-        logp_action = (token_logps * ~is_cot).sum(1)                           # (N,)
-
-        # The entropy is for the report. (Without the clamp a forbidden token gives 0 * -inf = NaN.)
-        with torch.no_grad():
-            token_entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(2)   # (N, L)
-            entropy = token_entropy.masked_fill(~token_mask, 0).sum(1) / lengths    # (N,)
-        return Scores(logp_cot, logp_action, value, entropy, token_logps, token_mask)
+        return hidden, tokens, token_mask, is_cot
 
     def demonstrate(self, images, questions, texts):
         """Given texts instead of sampled answers, as a list of N `Answer` for `evaluate`."""

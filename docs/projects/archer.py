@@ -19,11 +19,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
-from policy import append_tokens  # noqa: E402
 
 
 def critic_losses(q1, q2, v, rewards, next_v, target_q, gamma, terminated):
@@ -109,19 +107,12 @@ class ArcherCollector(train.Collector):
         """
         states = []
         pairs = []
+        size = self.config.microbatch
         with self.policy.model.disable_adapter():
-            for i in range(0, len(answers), self.config.microbatch):
-                piece = answers[i: i + self.config.microbatch]
-                tokens = pad_sequence([answer.tokens for answer in piece], batch_first=True)
-                position = torch.arange(tokens.shape[1])                       # (L,)
-                lengths = torch.tensor([len(answer.tokens) for answer in piece])
-                num_cot = torch.tensor([answer.num_cot_tokens for answer in piece])
-                batch = self.policy.collate([answer.inputs for answer in piece])
-                batch = append_tokens(batch, tokens, position < lengths[:, None])
-                hidden = self.policy.hidden_states(batch, keep=tokens.shape[1] + 1)
-
-                first = torch.minimum(num_cot, lengths - 1)  # no action: the last token
-                is_action = (position >= first[:, None]) & (position < lengths[:, None])
+            for i in range(0, len(answers), size):
+                hidden, _, token_mask, is_cot = self.policy.read(answers[i: i + size])
+                is_action = token_mask & ~is_cot
+                is_action |= token_mask & ~is_action.any(1, keepdim=True)      # none: all tokens
                 weight = is_action / is_action.sum(1, keepdim=True)            # (N, L)
                 action = (hidden[:, 1:] * weight[:, :, None]).sum(1)           # (N, D)
                 states.append(hidden[:, 0])

@@ -57,7 +57,7 @@ class GroupCollector(train.Collector):
         advantages = []
         episodes = []
         self.target += self.config.rollout_steps
-        while self.num_steps < self.target:
+        while not answers or self.num_steps < self.target:
             played = self.play_groups()
             answers += played["answers"]
             legal += played["legal"]
@@ -145,7 +145,7 @@ class GroupCollector(train.Collector):
 def add_settings(parser):
     group = parser.add_argument_group("GRPO")
     train.setting(group, "--group-size", 8, "episodes that begin alike", type=train.positive_int)
-    parser.set_defaults(value_coef=0.0)
+    parser.set_defaults(value_coef=0.0, num_envs=32)
 
 
 if __name__ == "__main__":

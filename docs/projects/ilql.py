@@ -21,13 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import env  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
-from policy import VLMPolicy, append_tokens  # noqa: E402
+from policy import VLMPolicy  # noqa: E402
 
 
 def ilql_losses(q, v, target_q, tokens, rewards, next_v, expectile):
@@ -108,11 +107,7 @@ def demonstrations(policy, config):
         answers = policy.demonstrate(games.images, questions, texts)
 
         # Read the answers once; SFT's hidden states are all that the heads need
-        tokens = pad_sequence([answer.tokens for answer in answers], batch_first=True)
-        lengths = torch.tensor([len(answer.tokens) for answer in answers])
-        mask = torch.arange(tokens.shape[1]) < lengths[:, None]                # (N, L)
-        batch = append_tokens(policy.collate([a.inputs for a in answers]), tokens, mask)
-        hidden = policy.hidden_states(batch, keep=tokens.shape[1] + 1)         # (N, L + 1, D)
+        hidden, _, _, _ = policy.read(answers)                                 # (N, L + 1, D)
 
         played = games.step(actions)
         ended = played["terminated"] | played["truncated"]

@@ -1,0 +1,120 @@
+"""The worked projects under docs/projects: each loss against a hand-computed example, and a short run."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import env
+import train
+from docs.projects import archer, grpo, ilql
+from policy import build_policy, load_run
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+QUICK = "--sft-steps 3 --sft-batch 8 --env-steps 32 --rollout-steps 16 --num-envs 8 --minibatch 8 " \
+    "--epochs 2 --max-new-tokens 30 --eval-episodes 8 --seed 3"
+
+
+def short_run(name, out, *flags):
+    command = [sys.executable, f"docs/projects/{name}.py", "--env", "ezpoints", "--out", str(out), *QUICK.split(), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name, flags", [("grpo", ["--group-size", "4"]), ("archer", ["--critic-steps", "4"]),
+                                         ("ilql", ["--ilql-steps", "4"])])
+def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, tmp_path):
+    done = short_run(name, tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {row["policy"] for row in rows if row["stage"] == "eval"} == {"random", "SFT", "RL", "expert"}
+    for row in rows:
+        if row["stage"] == "rl":
+            assert row["first_ratio_error"] < 1e-4 and row["value_loss"] >= 0
+    assert (tmp_path / "run/curve.png").stat().st_size > 0
+
+    evaluated = subprocess.run([sys.executable, "eval.py", "--run", str(tmp_path / "run"), "--episodes", "8"],
+                               cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "ezpoints" in evaluated.stdout
+    if name == "ilql":
+        assert load_run(tmp_path / "run")[0].head.beta > 0
+        assert load_run(tmp_path / "run", "sft")[0].head.beta == 0
+
+
+def test_a_wrong_flag_is_one_line(tmp_path):
+    done = short_run("ilql", tmp_path / "run", "--beta", "much")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def test_an_advantage_compares_an_episode_with_its_group():
+    advantages = grpo.group_advantages([1, -1, 5, 5, 0, 10], group_size=2)
+    np.testing.assert_allclose(advantages, [1, -1, 0, 0, -1, 1], atol=1e-5)
+    # three of four lost: mean -1/2, deviation sqrt(3)/2
+    np.testing.assert_allclose(grpo.group_advantages([1, -1, -1, -1], 4), [3**.5, *[-1 / 3**.5] * 3], atol=1e-5)
+
+
+def test_the_episodes_of_a_group_begin_alike(monkeypatch):
+    monkeypatch.setattr(train, "add_settings", grpo.add_settings)
+    config, _ = train.configure(["--env", "ezpoints", *QUICK.split(), "--group-size", "4", "--drift-coef", "0"])
+    collector = grpo.GroupCollector(build_policy(config), config)
+    begun = []
+    games = env.Games
+    monkeypatch.setattr(env, "Games", lambda *args: begun.append(games(*args)) or begun[-1])
+    first = []
+    monkeypatch.setattr(collector, "build_prompts", lambda infos: first.append(infos) or train.Collector.build_prompts(collector, infos))
+    played = collector.play_groups()
+    cards = [info["cards"] for info in first[0]]
+    assert len(cards) == 8 and cards[0:4] == [cards[0]] * 4 and cards[4:] == [cards[4]] * 4 and cards[0] != cards[4]
+
+    # Every answer belongs to a game, and each game has answers and a return
+    assert len(played["answers"]) == len(played["legal"]) == len(played["games"])
+    assert set(played["games"]) == set(range(8)) and len(played["returns"]) == 8
+
+
+# -------------------------------------------------------------------------------------------------
+# ArCHer
+
+
+def test_the_critic_learns_one_step_of_temporal_differences():
+    x = torch.tensor
+    q_loss, v_loss = archer.critic_losses(
+        q1=x([1.0, 0.0]), q2=x([2.0, 3.0]), v=x([0.5, 0.0]), rewards=x([1.0, 2.0]), next_v=x([2.0, 9.0]),
+        target_q=x([1.5, 1.0]), gamma=0.5, terminated=x([False, True]))
+    # y = 1 + 0.5 * 2 = 2, and 2 after the end, where 9 must not count
+    assert q_loss.item() == pytest.approx(((1 + 0) / 2 + (4 + 1) / 2) / 2)
+    assert v_loss.item() == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+# -------------------------------------------------------------------------------------------------
+# ILQL
+
+
+def test_the_losses_of_ilql_by_hand():
+    q = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    q_loss, v_loss, conservative = ilql.ilql_losses(
+        q, v=torch.tensor([1.0, 2.0]), target_q=torch.tensor([3.0, 1.0]), tokens=torch.tensor([1, 0]),
+        rewards=torch.tensor([0.0, 2.0]), next_v=torch.tensor([1.0, 0.0]), expectile=0.8)
+    assert q_loss.tolist() == [0.5 * (1 - 3) ** 2, 0.5 * 2 ** 2]
+    assert v_loss.tolist() == pytest.approx([0.8 * 2 ** 2, 0.2 * 1])  # V below Q counts 4 times as much
+    assert conservative.tolist() == pytest.approx([np.log(1 + np.exp(-2)), np.log(2)], abs=1e-6)
+
+
+def test_untrained_steering_is_the_sft_policy_and_a_trained_one_prefers_large_q():
+    head = torch.nn.Linear(4, 3, bias=False)
+    steering = ilql.Steering(head)
+    hidden = torch.randn(2, 4)
+    assert torch.equal(steering(hidden), head(hidden))
+
+    steering.beta.fill_(2.0)
+    torch.nn.init.zeros_(steering.q.weight)
+    steering.q.bias.data = torch.tensor([0.0, 1.0, 0.0])
+    change = (steering(hidden) - head(hidden))                                 # (2, 3)
+    torch.testing.assert_close(change[:, 1] - change[:, 0], torch.full((2,), 2.0))
