@@ -282,20 +282,9 @@ def sft(policy, config, run):
 
     progress = progress_bar("SFT", config.sft_steps, first_step)
     for step in range(first_step, config.sft_steps):
-        # 1. Write demonstrations: right fields and thoughts, but most actions are random
+        # 1. Write demonstrations
         infos = games.infos
-        is_random = rng.random(num_envs) < config.demo_noise                   # (N,)
-        actions = []
-        for info, random in zip(infos, is_random):
-            if random:
-                actions.append(str(rng.choice(info["legal_actions"])))
-            else:
-                actions.append(env.expert_action(info))
-        questions = [prompts.build_prompt(info, config.prompt) for info in infos]
-        texts = []
-        for info, action in zip(infos, actions):
-            texts.append(prompts.demonstration(info, action, config.prompt))
-        answers = policy.demonstrate(games.images, questions, texts)
+        answers, actions = write_demonstrations(policy, games, rng, config)
 
         # 2. Add up the gradient of the mean over the tokens of all processes
         num_tokens = sum(len(answer.tokens) for answer in answers)
@@ -346,6 +335,25 @@ def sft(policy, config, run):
 
     progress.close()
     policy.temperature = config.temperature
+
+
+def write_demonstrations(policy, games, rng, config):
+    """A demonstration for each of N games: (list of N `Answer`, list of N actions).
+
+    Fields and thoughts are right, but most actions are random.
+    """
+    is_random = rng.random(len(games.infos)) < config.demo_noise               # (N,)
+    questions = []
+    texts = []
+    actions = []
+    for info, random in zip(games.infos, is_random):
+        action = env.expert_action(info)
+        if random:
+            action = str(rng.choice(info["legal_actions"]))
+        questions.append(prompts.build_prompt(info, config.prompt))
+        texts.append(prompts.demonstration(info, action, config.prompt))
+        actions.append(action)
+    return policy.demonstrate(games.images, questions, texts), actions
 
 
 def cosine(step, num_steps, start, end):

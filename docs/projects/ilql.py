@@ -23,8 +23,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import env  # noqa: E402
-import prompts  # noqa: E402
 import train  # noqa: E402
 from policy import VLMPolicy  # noqa: E402
 
@@ -88,71 +86,67 @@ class Policy(VLMPolicy):
 
 @torch.no_grad()
 def demonstrations(policy, config):
-    """Play the demonstrator for `env_steps` steps; returns lists, an entry a step.
+    """Play the demonstrator for `env_steps` steps; returns a list with a dict for each step.
 
-    hidden (L + 1, D), tokens (L,), num_cot, reward, and where in the lists its next state is (None
-    after the end of an episode).
+    hidden (L + 1, D), tokens (L,), num_cot, reward, and next: the number of the step that follows
+    in the same game, None at the end of an episode.
     """
     rng = np.random.default_rng(config.seed)
     games = train.make_games("rollout", config.num_envs, config)
     steps = []
-    for t in range(config.env_steps // config.num_envs):
-        infos = games.infos
-        actions = [env.expert_action(info) for info in infos]
-        for i in np.flatnonzero(rng.random(len(infos)) < config.demo_noise):
-            actions[i] = str(rng.choice(infos[i]["legal_actions"]))
-        questions = [prompts.build_prompt(info, config.prompt) for info in infos]
-        texts = [prompts.demonstration(info, action, config.prompt)
-                 for info, action in zip(infos, actions)]
-        answers = policy.demonstrate(games.images, questions, texts)
-
-        # Read the answers once; SFT's hidden states are all that the heads need
+    for _ in range(config.env_steps // config.num_envs):
+        answers, actions = train.write_demonstrations(policy, games, rng, config)
         hidden, _, _, _ = policy.read(answers)                                 # (N, L + 1, D)
 
         played = games.step(actions)
         ended = played["terminated"] | played["truncated"]
         for i, answer in enumerate(answers):
-            length = len(answer.tokens)
             steps.append({
-                "hidden": hidden[i, :length + 1].clone(), "tokens": answer.tokens,
-                "num_cot": answer.num_cot_tokens, "reward": float(played["rewards"][i]),
-                "next": None if ended[i] else len(steps) + config.num_envs})
-    return [step for step in steps if step["next"] is None or step["next"] < len(steps)], steps
+                "hidden": hidden[i, :len(answer.tokens) + 1].clone(),
+                "tokens": answer.tokens,
+                "num_cot": answer.num_cot_tokens,
+                "reward": float(played["rewards"][i]),
+                "next": None if ended[i] else len(steps) + config.num_envs,
+            })
+    return steps
+
+
+def token_steps(step, steps, gamma):
+    """Each of L tokens as a step of its own: hidden (L, D), the hidden state whose V follows
+    (L, D), tokens, rewards and discounts of that V, (L,)."""
+    length = len(step["tokens"])
+    after = torch.arange(1, length + 1)
+    after[:step["num_cot"]] = min(step["num_cot"], length)  # from the thoughts to the action
+    next_hidden = step["hidden"][after].clone()
+    rewards = torch.zeros(length)
+    rewards[-1] = step["reward"]
+    discounts = torch.ones(length)
+    discounts[-1] = 0.0
+    if step["next"] is not None:
+        next_hidden[-1] = steps[step["next"]]["hidden"][0]
+        discounts[-1] = gamma
+    return step["hidden"][:-1], next_hidden, step["tokens"], rewards, discounts
 
 
 def reinforce(policy, config, run):
     """Fit Q and V to the demonstrations (in the place of PPO), and switch the steering on."""
-    heads = policy.head
-    known, steps = demonstrations(policy, config)  # known: those whose next state is there
+    steps = demonstrations(policy, config)
+    known = [step for step in steps if step["next"] is None or step["next"] < len(steps)]
     scale = np.std([step["reward"] for step in steps]) + 1e-6  # one beta for all tasks
-    slow = copy.deepcopy(heads)                                # the target network of Q
+
+    heads = policy.head
+    slow = copy.deepcopy(heads)  # the target network of Q
     trainable = [*heads.body.parameters(), *heads.q.parameters(), *heads.v.parameters()]
     optimizer = torch.optim.Adam(trainable, config.ilql_lr)
-    for update in range(config.ilql_steps):
-        # Join the tokens of 64 answers; `next` is the hidden state whose V follows each token
-        hidden, next_hidden, tokens, rewards, discounts = [], [], [], [], []
-        for k in torch.randint(len(known), (64,)).tolist():
-            step = known[k]
-            length = len(step["tokens"])
-            after = torch.arange(1, length + 1).clamp(min=min(step["num_cot"], length))
-            following = step["hidden"][after].clone()                          # (L, D)
-            reward, discount = torch.zeros(length), torch.ones(length)
-            reward[-1], discount[-1] = step["reward"] / scale, 0.0
-            if step["next"] is not None:
-                following[-1], discount[-1] = steps[step["next"]]["hidden"][0], config.gamma
-            hidden.append(step["hidden"][:-1])
-            next_hidden.append(following)
-            tokens.append(step["tokens"])
-            rewards.append(reward)
-            discounts.append(discount)
-        hidden, next_hidden, tokens, rewards, discounts = map(
-            torch.cat, (hidden, next_hidden, tokens, rewards, discounts))
-
+    for update in range(1, config.ilql_steps + 1):
+        chosen = torch.randint(len(known), (64,)).tolist()
+        columns = zip(*[token_steps(known[k], steps, config.gamma) for k in chosen])
+        hidden, next_hidden, tokens, rewards, discounts = (torch.cat(x) for x in columns)
         with torch.no_grad():
             target_q = slow.q(slow.body(hidden)).gather(1, tokens[:, None])[:, 0]
             next_v = discounts * heads.v(next_hidden)[:, 0]
         losses = ilql_losses(heads.q(heads.body(hidden)), heads.v(hidden)[:, 0], target_q, tokens,
-                             rewards, next_v, config.expectile)
+                             rewards / scale, next_v, config.expectile)
         q_loss, v_loss, conservative = (x.mean() for x in losses)
         (q_loss + v_loss + config.conservative_coef * conservative).backward()
         optimizer.step()
@@ -160,8 +154,8 @@ def reinforce(policy, config, run):
         with torch.no_grad():
             for old, new in zip(slow.parameters(), heads.parameters()):
                 old.lerp_(new, 0.02)
-        if (update + 1) % 100 == 0:
-            run.log(stage="ilql", step=update + 1, q_loss=q_loss.item(), v_loss=v_loss.item(),
+        if update % 100 == 0 or update == config.ilql_steps:
+            run.log(stage="ilql", step=update, q_loss=q_loss.item(), v_loss=v_loss.item(),
                     conservative=conservative.item())
     heads.beta.fill_(config.beta)
 
