@@ -1,9 +1,12 @@
 """Does training un-learn? Prints, for finished runs, how far each fell after its best time.
 
-    python train.py --sweep env=numberline,ezpoints,blackjack --seeds 1,2,3,4,5,6,7,8,9,10 --out DIR
+    for seed in 1 2 3; do for n in 300 301 1000; do
+        python train.py --env numberline --seed $seed --eval-episodes $n --out DIR/$seed-$n
+    done; done
     python tests/streams.py DIR
 
-DIR and all folders in it are searched for runs. A run's success rate is taken over a fifth of its
+Another number of evaluation episodes shifts the random numbers of PPO: it is another run from the
+same SFT policy, whose weights are reused. DIR and all folders in it are searched for runs. A run's success rate is taken over a fifth of its
 rollouts at a time, a moving window: single rollouts have too few episodes. The fall is the rate of
 the best window minus that of the last one. The best of many windows is the best by chance, too, so
 a fall of a few points means nothing in Blackjack, where a fifth has about 1,500 episodes.

@@ -11,7 +11,8 @@ How it differs from ppo.py:
    policy gradient with it over the tokens, by `ppo_update`: lambda and the clip stay as they are.
 
 The paper's critic is a language model of its own. It samples new answers for V's target; here the
-answers of the newest rollout take their place.
+answers of the newest rollout take their place. A checkpoint does not hold the critic: `--resume`
+begins with a fresh one.
 """
 import copy
 import sys
