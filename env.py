@@ -73,8 +73,8 @@ class Game(gym.Env):
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
     `info` always has `env` (the name), `obs`, `legal_actions` (list of str), `action_mask` (int8: 1
-    for each index of a legal action, then 0) and `success` (bool: the episode is over and its
-    return is positive), and all keys of state().
+    for each legal action, which are the first indices, then 0) and `success` (bool: the episode is
+    over and its return is positive), and all keys of state().
 
     obs: "image"; "marked", a picture in which boxes with labels show what matters; or "text", a
     grey picture (the prompt then tells the state in words).
@@ -513,7 +513,7 @@ class Games:
     name: a task, or k tasks with commas between them; game i plays task i % k.
     num_envs: N. seeds: an iterator, such as episode_seeds(...): each game takes one seed for its
     first episode. An int n means the seeds n, n + 1, ... For later episodes see `step`.
-    evaluation: play the episodes that are kept for evaluation.
+    evaluation: make the games with their class's `evaluation` settings. (ALFWorld: unseen rooms.)
     first, total: if several processes share the games, the number of this process's first game,
     and how many they have together.
 
@@ -564,7 +564,8 @@ class Games:
         indices = [legal.index(action) for legal, action in zip(legal_actions, actions)]
         images, rewards, terminated, truncated, infos = self.vector.step(np.array(indices))
 
-        # Keep what the step gave, of the old episodes. The reset below overwrites the pictures.
+        # Keep what the step gave, of the old episodes. `images` is the buffer self.images, which
+        # the reset below overwrites.
         ended = terminated | truncated  # (N,)
         result = {
             "rewards": rewards,

@@ -53,8 +53,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import env
 from prompts import CARD_TASKS, action_start, build_prompt, corpus
 
-# Tensors of a processor with one number for each token; "type" is the kind of a token: text or
-# picture. All other tensors belong to the picture.
+# Tensors of a processor with one number for each token. (Type ids tell text from picture.) All
+# other tensors belong to the picture.
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -163,8 +163,8 @@ class VLMPolicy(nn.Module):
         # Read the prompts. The cache keeps what attention computed for them (keys and values), so
         # each new token needs a pass over itself alone. The prompts are padded on the left, so the
         # last hidden state of a row is that of its prompt's last token. The attention mask hides
-        # the padding. Positions are relative (RoPE): attention sees how far two tokens are apart,
-        # and padding on the left does not change that.
+        # the padding. Padding moves all tokens of a row to the right, which changes nothing:
+        # attention sees only how far two tokens are apart.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
@@ -192,7 +192,7 @@ class VLMPolicy(nn.Module):
 
             # Let the model read this token; all tokens before it are in the cache
             attention_mask = pad(attention_mask, (0, 1), value=1)              # (N, tokens so far)
-            batch = self.next_input(token, attention_mask)  # what the model wants for one token
+            batch = self.next_input(token, attention_mask)  # this token and the mask
             hidden = self.hidden_states(batch, keep=1, past_key_values=cache)  # (N, 1, D)
 
         tokens = torch.cat(tokens, 1).cpu()                                    # (N, L)
@@ -213,13 +213,14 @@ class VLMPolicy(nn.Module):
         # 1. Run the model once
         hidden, tokens, token_mask, is_cot = self.read(answers)
 
-        # 2. State 0 gives the value; state i gives the log-probabilities of answer token i
+        # 2. State 0 gives the value. State i gives the log-probabilities of answer token i, which
+        # the model has not read yet
         value = self.value_of(hidden[:, 0])                                    # (N,)
         log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
 
         # 3. Sum the log-probabilities of the tokens, thoughts and action apart
         token_logps = log_probs.gather(2, tokens[:, :, None]).squeeze(2)       # (N, L)
-        token_logps = token_logps.masked_fill(~token_mask, 0)
+        token_logps = token_logps.masked_fill(~token_mask, 0)  # after the end all are 0
         logp_cot = (token_logps * is_cot).sum(1)                               # (N,)
         logp_action = (token_logps * ~is_cot).sum(1)                           # (N,)
 
@@ -234,8 +235,9 @@ class VLMPolicy(nn.Module):
         """Let the model read N answers, each behind its own picture and prompt.
 
         Returns hidden states (N, L + 1, D), tokens (N, L), token_mask (N, L), which is False after
-        an answer's end, and is_cot (N, L), True for the tokens of the thoughts. State 0 is that of
-        the prompt's last token. State i predicts answer token i; the last one predicts nothing:
+        an answer's end, and is_cot (N, L), True for the tokens of the thoughts. A state stands at
+        the token that was read last, and predicts the next one: state 0 stands at the prompt's last
+        token, and predicts answer token 0. The last state predicts nothing.
 
           padding | prompt ... last token | answer token 0 | ... | answer token L - 1
                     (left)   state 0        state 1                state L
@@ -276,7 +278,7 @@ class VLMPolicy(nn.Module):
 
         PEFT is the library that adds LoRA (the adapter). It puts the adapter into the model's
         layers, and a wrapper around the model. `get_base_model` takes the wrapper off; the adapter
-        stays. Then `base_model`, of transformers, is the part below the head.
+        stays in the layers. Then `base_model`, of transformers, is the part below the head.
         """
         model = self.model
         if isinstance(model, PeftModel):
@@ -333,8 +335,8 @@ class VLMPolicy(nn.Module):
         )
         lengths = batch["attention_mask"].sum(1).tolist()
 
-        # Take the samples apart: in the update each meets other ones. Text loses
-        # its padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
+        # Take the samples apart, because the update puts them into other batches. Text loses its
+        # padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
         # parts. (Some models list the patches of all pictures in one tensor. The pictures have the
         # same size, so the parts are equal there too.)
         inputs = [{} for _ in questions]
@@ -497,9 +499,9 @@ def forbidden_tokens(vocab_size, tokenizer, eos_ids):
     """A mask (V,) to add to the logits: -infinity for tokens that must not be sampled, else 0.
 
     In a prompt, placeholder tokens mark the picture's place. A sampled one would crash the next
-    forward pass. Never sampled are special tokens
-    except end-of-sequence; tokens that were added to the vocabulary, except white space (Gemma has
-    such); and ids for which the tokenizer has no token.
+    forward pass. Three kinds of tokens are never sampled: special tokens, but for the end of
+    sequence; tokens that were added to the vocabulary, but for white space (Gemma has such); and
+    ids for which the tokenizer has no token.
     """
     forbidden_ids = set(tokenizer.all_special_ids)
     for token_id, token in tokenizer.added_tokens_decoder.items():

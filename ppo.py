@@ -8,8 +8,8 @@ v_tht is the chain of thought (CoT), v_act the action, and lambda in [0, 1] the 
 section 4.3). The thoughts are many tokens and the action few. With lambda = 1 most of the noise in
 this sum comes from the thoughts; with lambda = 0 no thought is ever reinforced.
 
-Read from the top: `Rollout`, `action_log_prob`, `compute_gae`, `ppo_loss`, `ppo_update`. The rest
-can wait. Letters in shapes: T steps, N environments (or samples of a batch), L answer tokens.
+Read from the top, from `Rollout` to `normalise`. The rest can wait. Letters in shapes: T steps,
+N environments (or samples of a batch), L answer tokens.
 
 `python ppo.py` computes the advantages of five steps.
 """
@@ -96,13 +96,15 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     log_ratio = log_prob - old["log_prob"]                                     # (N,)
     ratio = log_ratio.exp()                                                    # (N,), rho
 
-    # The larger loss counts. If A > 0, it is constant where the ratio is above 1 + clip. If A < 0,
-    # it is constant where the ratio is below 1 - clip. There the gradient is 0.
+    # Of the two losses the larger one counts: -min(x, y) is max(-x, -y). If A > 0, it is constant
+    # where the ratio is above 1 + clip. If A < 0, it is constant where the ratio is below 1 - clip.
+    # Where it is constant the gradient is 0.
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
     # Fit the value to the return. Here too the larger loss counts. If V has moved towards R by more
-    # than value_clip, it is the clipped one, with gradient 0. If V moved away from R, it is not.
+    # than value_clip, the clipped error is the larger one, and its gradient is 0. If V has moved
+    # away from R, the other error is larger, and its gradient brings V back.
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -112,9 +114,9 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # KL(pi_old, pi_new) is the mean of -log_ratio over answers of pi_old. The mean of the ratio
-        # is sum pi_old * pi_new / pi_old = 1. So adding ratio - 1 keeps the mean, and no term is
-        # negative then, because x - 1 >= log(x). (For lambda < 1 it is a distance like the KL.)
+        # An estimate of KL(pi_old, pi_new). The mean of -log_ratio alone is one. The mean of
+        # ratio - 1 is 0, so adding it changes nothing on average, and makes every term >= 0.
+        # (For lambda < 1 it is a distance like the KL.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
         "entropy": new.entropy,  # for the report; some PPO losses reward it, the paper's does not
@@ -124,17 +126,18 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
 def drift_from_sft(new, old):
     """How far answers have drifted from those of the SFT policy, (N,).
 
-    Nothing rewards well-formed answers: after an illegal one a random action is played, and may
-    win. So answers drift until many are illegal. A small weight on this term keeps what SFT has
-    taught. Legal actions are free, because to choose among them is what RL is for:
+    In the card games nothing rewards well-formed answers: after an illegal one a random action is
+    played, and may win. So answers drift until many are illegal. A small weight on this term keeps
+    what SFT has taught. Legal actions are free, because to choose among them is what RL is for:
 
         x = log p(v_tht) - log p_SFT(v_tht), and if the action is illegal,
             log p(v_act) - log p_SFT(v_act) is added
         x^2 / 2 where |x| <= DRIFT_LIMIT, then a straight line      (Huber's loss)
 
-    The mean gradient of x^2 / 2 over samples of p is that of the KL divergence from p to p_SFT. The
-    straight line is for texts that SFT would almost never write, with x of 100 or more. With
-    x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
+    The gradient of x^2 / 2 is x * grad log p. Its mean over samples of p is the gradient of the KL
+    divergence from p to p_SFT. The straight line is for texts that SFT would almost never write,
+    with x of 100 or more. With x^2 / 2, one of them would outweigh all other answers, and destroy
+    the policy.
 
     new: logp_cot and logp_action, (N,), with gradients. old: dict of legal, sft_logp_cot and
     sft_logp_action, each (N,).

@@ -35,8 +35,8 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    # The prompt's words for it. A text asks for one value; a list with one text, such as ["rank of
-    # each card"], asks for a JSON list.
+    # The prompt's words for it. With a text the answer holds one value. With a list of one text,
+    # such as ["rank of each card"], it holds a JSON list.
     description: object
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
@@ -71,7 +71,7 @@ def blackjack_thoughts(info):
 
     Bust: above 21. Soft: an ace counts 11; hard: none does. From 17 on a hand is good. A dealer
     with 2 to 6 is weak: such hands often bust. Longer hands are added up card by card, because a
-    small model cannot add them at once: "12, 19, hard 20, good, against 10, strong" for 7 5 7 A.
+    small model cannot add them at once. For 7 5 7 A: "12, 19, hard 20, good, against 10, strong".
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = list(itertools.accumulate(numbers))
@@ -218,8 +218,8 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# text of n spaces would cost n * n steps.) In an f-string a brace is written twice; the pattern of
-# BARE_KEY is none. There (?<=[{,]) means: just before stands { or a comma.
+# text of n spaces would cost n * n steps.) In an f-string a brace is written twice. The pattern of
+# BARE_KEY is no f-string; there (?<=[{,]) means: just before stands { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)
@@ -270,8 +270,9 @@ def parse_action(text, legal_actions, rng):
     """The paper's f: the action that `text` names, else a uniformly random legal one.
 
     text: any string; legal_actions: list of str, not empty; rng: a numpy Generator, used for
-    illegal answers only. Returns (action, was_legal). An answer is legal if it names exactly one
-    action after the key `"action":`. (If the key comes more than once, all must name the same.)
+    illegal answers only. Returns (action, was_legal). An answer is legal if the value after the key
+    `"action":` begins with an action, and names no other. (If the key comes more than once, all
+    values must name the same.)
     Quotes, spacing, case, trailing text and missing braces do not matter. Two different actions, or
     none, are illegal. Never raises; the time is linear in the text.
     """

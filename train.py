@@ -3,7 +3,8 @@
     python train.py --env blackjack --cot-scale 0.3
 
 1. SFT (supervised fine-tuning) teaches the output format and the reading of pictures. Its
-   demonstrations describe the picture correctly, but many of their actions are random.
+   demonstrations describe the picture correctly, but a share of their actions (`demo_noise`) is
+   random.
 2. PPO: sample answers, parse and play their actions, estimate advantages, update adapter and head.
 3. Evaluation of both policies on the same episodes, beside the random and the expert policy.
 
@@ -316,7 +317,7 @@ def sft(policy, config, run):
                 actions[i] = env.expert_action(info)
 
         # After this step a share of the games is dealt anew: `sft_restart` at the beginning of SFT,
-        # 0 at its end. So SFT begins with first states, which are easier.
+        # 0 at its end. So at first SFT sees mostly the beginnings of games, which are easier.
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
         games.step(actions, restart=rng.random(num_envs) < restart_share)
 
@@ -340,7 +341,7 @@ def sft(policy, config, run):
 def write_demonstrations(policy, games, rng, config):
     """A demonstration for each of N games: (list of N `Answer`, list of N actions).
 
-    Fields and thoughts are right, but most actions are random.
+    Fields and thoughts are right, but a share of the actions (`demo_noise`) is random.
     """
     is_random = rng.random(len(games.infos)) < config.demo_noise               # (N,)
     questions = []
@@ -543,11 +544,11 @@ def reinforce(policy, config, run):
         collector.restore(state)
 
     def checkpoint(update):
-        index = config.sft_steps + 1 + update  # numbers go on from SFT, which has 1 to sft_steps
+        index = config.sft_steps + 1 + update  # SFT's checkpoints have numbers up to sft_steps
         run.checkpoint("rl", index, policy, optimizer, update=update, **collector.state())
 
     if first_update == 0:
-        if config.policy == "vlm":
+        if config.policy == "vlm":  # the value head first needs mean and variance of its input
             policy.standardise(example_states(policy, config), config.microbatch)
             broadcast(policy.value_head.buffers())
         checkpoint(0)

@@ -89,7 +89,8 @@ def learning_cost(folder):
 
 def table(runs, args):
     """A row for each game and method; text in Markdown."""
-    text = "| game, method | SFT | trained | illegal | seconds | memory |\n|---|---|---|---|---|---|\n"
+    text = "| game, method | SFT | trained | illegal | seconds | memory |\n"
+    text += "|---|---|---|---|---|---|\n"
     for (game, method), seeds in runs.items():
         sft = mean_and_each([100 * run["SFT"]["success_rate"] for run in seeds])
         rl = mean_and_each([100 * run["RL"]["success_rate"] for run in seeds])

@@ -7,10 +7,10 @@ How it differs from ppo.py:
 1. It learns from demonstrations with their rewards, of the same mediocre player that SFT imitates.
    Their number is `--env-steps`.
 2. Two heads on the hidden states of the SFT model, which does not change: Q of every next token,
-   and V. A step's reward comes with the last token of its answer. (After the thoughts, `next` in
-   the formulas is the next token. Within them it is the action's first token: demonstrated
-   thoughts leave no choice, and values then travel faster.)
-3. The agent samples from the logits of SFT + beta (Q - V). There is no adapter, no ratio, no lambda.
+   and V. A step's reward comes with the last token of its answer. (`next` in the formulas is the
+   next token. Within the thoughts it is the action's first token: demonstrated thoughts leave no
+   choice, and values then travel faster.)
+3. The agent samples from the logits of SFT + beta (Q - V). There is no adapter and no lambda.
 """
 import copy
 import sys
