@@ -67,14 +67,14 @@ class Game(gym.Env):
     play(action)   plays the text `action`; returns (reward, terminated, truncated)
     state()        returns the true state behind the picture, as a dict for `info`
     draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: what is
-                   random is set by deal(), and kept by `saved`. The built-in model sees patches of
+                   random is set before, and kept by `saved`. The built-in model sees patches of
                    60 x 60 pixels, so what matters should be about as large.
     marks          for obs="marked", see below; optional
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
     `info` always has `env` (the name), `obs`, `legal_actions` (list of str), `action_mask` (int8: 1
-    for each legal action, which are the first indices, then 0) and `success` (bool: the episode is
-    over and its return is positive), and all keys of state().
+    at the first len(legal_actions) places, else 0) and `success` (bool: the episode is over and its
+    return is positive), and all keys of state().
 
     obs: "image"; "marked", a picture in which boxes with labels show what matters; or "text", a
     grey picture (the prompt then tells the state in words).

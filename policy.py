@@ -125,7 +125,7 @@ class VLMPolicy(nn.Module):
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
 
         self.checkpointed_layers = []  # filled by `checkpoint_gradients`
-        # Only Qwen's models have these, see `next_input`
+        # Only Qwen's models have these; see `next_input`, which can wait
         self.position_counters = [m for m in model.modules() if hasattr(m, "rope_deltas")]
 
     # -- Sampling ----------------------------------------------------------------------------------
@@ -163,8 +163,8 @@ class VLMPolicy(nn.Module):
         # Read the prompts. The cache keeps what attention computed for them (keys and values), so
         # each new token needs a pass over itself alone. The prompts are padded on the left, so the
         # last hidden state of a row is that of its prompt's last token. The attention mask hides
-        # the padding. Padding moves all tokens of a row to the right, which changes nothing:
-        # attention sees only how far two tokens are apart.
+        # the padding. Padding moves all tokens of a row to the right, which changes nothing: these
+        # models have relative positions (RoPE), so attention sees only how far tokens are apart.
         cache = DynamicCache(config=self.model.config.get_text_config())
         attention_mask = batch["attention_mask"]                               # (N, prompt tokens)
         hidden = self.hidden_states(batch, keep=1, past_key_values=cache)      # (N, 1, D)
@@ -213,8 +213,8 @@ class VLMPolicy(nn.Module):
         # 1. Run the model once
         hidden, tokens, token_mask, is_cot = self.read(answers)
 
-        # 2. State 0 gives the value. State i gives the log-probabilities of answer token i, which
-        # the model has not read yet
+        # 2. Hidden state 0 gives the value. Hidden state i gives the log-probabilities of answer
+        # token i, which the model has not read there
         value = self.value_of(hidden[:, 0])                                    # (N,)
         log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
 
@@ -337,8 +337,8 @@ class VLMPolicy(nn.Module):
 
         # Take the samples apart, because the update puts them into other batches. Text loses its
         # padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
-        # parts. (Some models list the patches of all pictures in one tensor. The pictures have the
-        # same size, so the parts are equal there too.)
+        # parts. (Qwen lists the patches of all pictures in one tensor. The pictures have the same
+        # size, so the parts are equal there too.)
         inputs = [{} for _ in questions]
         for key, x in batch.items():
             if x.is_floating_point():

@@ -103,8 +103,8 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
     # Fit the value to the return. Here too the larger loss counts. If V has moved towards R by more
-    # than value_clip, the clipped error is the larger one, and its gradient is 0. If V has moved
-    # away from R, the other error is larger, and its gradient brings V back.
+    # than value_clip, and not far past it, the clipped error is larger, and its gradient is 0. If V
+    # has moved away from R, the other error is larger, and its gradient brings V back.
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -114,8 +114,8 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # An estimate of KL(pi_old, pi_new). The mean of -log_ratio alone is one. The mean of
-        # ratio - 1 is 0, so adding it changes nothing on average, and makes every term >= 0.
+        # An estimate of KL(pi_old, pi_new). The mean of -log_ratio is an estimate already. The mean
+        # of ratio - 1 is 0, so adding it changes nothing on average, and makes every term >= 0.
         # (For lambda < 1 it is a distance like the KL.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
@@ -135,9 +135,10 @@ def drift_from_sft(new, old):
         x^2 / 2 where |x| <= DRIFT_LIMIT, then a straight line      (Huber's loss)
 
     The gradient of x^2 / 2 is x * grad log p. Its mean over samples of p is the gradient of the KL
-    divergence from p to p_SFT. The straight line is for texts that SFT would almost never write,
-    with x of 100 or more. With x^2 / 2, one of them would outweigh all other answers, and destroy
-    the policy.
+    divergence from p to p_SFT, because the mean of grad log p is 0. (Here the samples are of the
+    policy before the update, which is near p.) The straight line is for texts that SFT would almost
+    never write, with x of 100 or more. With x^2 / 2, one of them would outweigh all other answers,
+    and destroy the policy.
 
     new: logp_cot and logp_action, (N,), with gradients. old: dict of legal, sft_logp_cot and
     sft_logp_action, each (N,).
@@ -163,8 +164,8 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
     Returns a dict of means over mini-batches: policy_loss, value_loss, approx_kl, clipfrac,
     entropy, drift_from_sft (if drift_coef is not 0), grad_norm (before clipping); and
     explained_variance (how well the old values fit the returns: 1 is perfect), first_ratio_error
-    (max |rho - 1| on the first mini-batch: 0 where sampling and scoring agree), skipped (number of
-    mini-batches).
+    (max |rho - 1| on the first mini-batch: 0 where sampling and scoring agree), skipped (how
+    many mini-batches were broken).
     Raises FloatingPointError where too many mini-batches are broken.
     """
     # 1. Compute what stays fixed during the update: old log-probabilities, advantages, returns

@@ -35,8 +35,8 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    # The prompt's words for it. With a text the answer holds one value. With a list of one text,
-    # such as ["rank of each card"], it holds a JSON list.
+    # The prompt's words for it. A str: the answer holds one value. A list with one str, such as
+    # ["rank of each card"]: it holds a JSON list.
     description: object
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
@@ -218,8 +218,8 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# text of n spaces would cost n * n steps.) In an f-string a brace is written twice. The pattern of
-# BARE_KEY is no f-string; there (?<=[{,]) means: just before stands { or a comma.
+# text of n spaces would cost n * n steps.) A brace is written twice, because these are f-strings.
+# BARE_KEY is none; its (?<=[{,]) means: just before stands { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)

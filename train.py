@@ -308,9 +308,10 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Play on. In one game of four, chosen by chance, play the action demonstrated above. It
-        # is often random, so SFT also sees states after a mistake. In all others play the expert's
-        # action: else most games would be lost early, and SFT would see few late states.
+        # 4. Play on. In a quarter of the games, drawn anew at each step, play the action
+        # demonstrated above. It is often random, so SFT also sees states after a mistake. In all
+        # others play the expert's action: else most games would be lost early, and SFT would see
+        # few late states.
         plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
@@ -629,7 +630,7 @@ def train(policy, config, run, weights=None):
     elif rank() == 0:
         copy_folder(weights, run.out / "sft")
 
-    resumed_in_stage_2 = run.state["stage"] == "rl"
+    resumed_in_stage_2 = run.state["stage"] == "rl"  # None in a new run
     if not resumed_in_stage_2:
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))
