@@ -7,9 +7,8 @@ How it differs from ppo.py:
 1. It learns from demonstrations with their rewards, of the same mediocre player that SFT imitates.
    Their number is `--env-steps`.
 2. Two heads on the hidden states of the SFT model, which does not change: Q of every next token,
-   and V. A step's reward comes with the last token of its answer. (`next` in the formulas is the
-   next token. Within the thoughts it is the action's first token: demonstrated thoughts leave no
-   choice, and values then travel faster.)
+   and V. Only the action is a choice, so values skip all tokens without one. After an action token
+   follows V of the next state, after a thought V of the action's first token.
 3. The agent samples from the logits of SFT + beta (Q - V). There is no adapter and no lambda.
 """
 import copy
@@ -115,16 +114,13 @@ def token_steps(step, steps, gamma):
     """Each of L tokens as a step of its own: hidden (L, D), the hidden state whose V follows
     (L, D), tokens, rewards and discounts of that V, (L,)."""
     length = len(step["tokens"])
-    after = torch.arange(1, length + 1)
-    after[:step["num_cot"]] = min(step["num_cot"], length)  # from the thoughts to the action
-    next_hidden = step["hidden"][after].clone()
-    rewards = torch.zeros(length)
-    rewards[-1] = step["reward"]
-    discounts = torch.ones(length)
-    discounts[-1] = 0.0
+    is_action = torch.arange(length) >= step["num_cot"]                        # (L,)
+    next_hidden = step["hidden"][min(step["num_cot"], length)].repeat(length, 1)
+    rewards = step["reward"] * is_action
+    discounts = 1.0 - is_action.float()  # 1 within the thoughts; 0 after the end of the episode
     if step["next"] is not None:
-        next_hidden[-1] = steps[step["next"]]["hidden"][0]
-        discounts[-1] = gamma
+        next_hidden[is_action] = steps[step["next"]]["hidden"][0]
+        discounts[is_action] = gamma
     return step["hidden"][:-1], next_hidden, step["tokens"], rewards, discounts
 
 
