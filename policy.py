@@ -847,7 +847,8 @@ def build_policy(config, weights=None):
 
     policy_class = VLMPolicy
     if getattr(config, "project", None):  # a file in docs/projects may have a class of its own
-        policy_class = import_module(f"docs.projects.{config.project}").Policy
+        project = import_module(f"docs.projects.{config.project}")
+        policy_class = getattr(project, "Policy", VLMPolicy)
     policy = policy_class(model, processor, config.temperature, config.max_new_tokens)
     if has_adapter:
         policy.model = PeftModel.from_pretrained(policy.model, str(weights), torch_device=device)

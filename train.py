@@ -113,6 +113,10 @@ TASK_SETTINGS = {
         cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
+# Other defaults of a project under docs/projects, in every preset and task. It puts them in here.
+# `project` is the name of its file.
+PROJECT_SETTINGS = {}
+
 # Types of flags: `number` of eval.py makes a function that refuses what is outside its limits
 fraction = number(float, 0, 1)
 positive = number(float, 1e-12)  # any number above 0
@@ -129,6 +133,7 @@ def cot_scale(text):
 def setting(group, flag, default, help, **kwargs):
     """Add a flag; its help names the default, and the paper's value where it differs."""
     name = flag.removeprefix("--").replace("-", "_")
+    default = PROJECT_SETTINGS.get(name, default)
     if name in PAPER and PAPER[name] != default:
         help += f" [{default}; paper: {PAPER[name]}]"
     elif default is not None:
@@ -229,6 +234,7 @@ def make_parser():
     add("--seeds", metavar="S,S", help="of --sweep [0]")
     add("--quick", action="store_true", help="--sweep at a size that shows only whether it works")
     add_settings(parser)
+    parser.set_defaults(project=PROJECT_SETTINGS.get("project"))
     return parser
 
 
@@ -805,6 +811,7 @@ class Run:
         Raises OSError, or Timeout where another process has the directory.
         """
         self.out = out
+        self.program = program_of(config)
         self.signal = 0              # the number of the signal that asked the run to stop
         self.began = time.time()
         self.rows = []               # the lines of metrics.jsonl
@@ -861,8 +868,8 @@ class Run:
         self.metrics.close()
         self.lock.release()
         if kind:  # stopped by a signal or an error
-            program = "python" if world_size() == 1 else "torchrun ..."
-            print(f"go on with: {program} train.py --resume {self.out}", file=sys.stderr)
+            starter = "python" if world_size() == 1 else "torchrun ..."
+            print(f"go on with: {starter} {self.program} --resume {self.out}", file=sys.stderr)
 
     def on_signal(self, signum, frame):
         if self.signal:
@@ -1122,6 +1129,7 @@ def configure(argv):
     if preset == "paper":
         parser.set_defaults(**PAPER)
     parser.set_defaults(**TASK_SETTINGS.get((preset, args.env), {}))
+    parser.set_defaults(**PROJECT_SETTINGS)
     if args.policy == "cnn":
         parser.set_defaults(drift_coef=0.0)  # without SFT there is nothing to stay near
     config = parser.parse_args(argv)
@@ -1149,6 +1157,9 @@ def resume(parser, directory, argv):
     except (OSError, ValueError, TypeError):
         parser.error(f"{directory} holds no run (no config.json that can be read)")
 
+    if program_of(kept) != program_of(parser.parse_args([])):
+        parser.error(f"{directory} is a run of {program_of(kept)}: go on with that")
+
     # Every flag that is given must be as it was
     parser.set_defaults(**vars(kept))
     args = parser.parse_args(argv)
@@ -1164,6 +1175,12 @@ def resume(parser, directory, argv):
         parser.error(f"the run was made on {config.device}, which is not there: "
                      "add --device cpu --dtype float32")
     return config, directory
+
+
+def program_of(config):
+    """The program that makes runs with this configuration."""
+    project = getattr(config, "project", None)
+    return f"docs/projects/{project}.py" if project else "train.py"
 
 
 def settings_of(args):

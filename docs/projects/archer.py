@@ -154,12 +154,10 @@ def add_settings(parser):
     train.setting(group, "--critic-steps", 200, "of the critic, after each rollout",
                   type=train.positive_int)
     train.setting(group, "--critic-lr", 3e-4, "learning rate of the critic", type=train.positive)
-    parser.set_defaults(value_coef=0.0)
 
 
 if __name__ == "__main__":
-    for settings in train.TASK_SETTINGS.values():
-        settings["value_coef"] = 0.0
     train.Collector = ArcherCollector
     train.add_settings = add_settings
+    train.PROJECT_SETTINGS.update(project="archer", value_coef=0.0)
     train.main()

@@ -9,6 +9,7 @@ How it differs from ppo.py:
    group (formula below). All answers of an episode have the same advantage.
 3. The rest is as before: the ratio with lambda between thoughts and action, its clip, and the
    penalty towards SFT, which is a part of GRPO anyway.
+It plays one task, in one process.
 
 `train.py` does everything but the rollout, so all its flags, its run directory and `eval.py --run`
 work. `GroupCollector` takes the place of `Collector`.
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import env  # noqa: E402
 import prompts  # noqa: E402
 import train  # noqa: E402
-from ppo import Rollout  # noqa: E402
+from ppo import Rollout, world_size  # noqa: E402
 
 
 def group_advantages(returns, group_size):
@@ -42,6 +43,11 @@ class GroupCollector(train.Collector):
     """Plays groups of episodes that begin alike, each to its end."""
 
     def __init__(self, policy, config):
+        if world_size() > 1 or "," in config.env:
+            raise train.Refused("grpo.py plays one task, in one process")
+        if config.num_envs % config.group_size:
+            raise train.Refused(f"--num-envs {config.num_envs} is not a multiple of "
+                                f"--group-size {config.group_size}")
         super().__init__(policy, config)
         self.num_groups = 0   # that were played
         self.num_steps = 0    # environment steps, likewise
@@ -66,6 +72,8 @@ class GroupCollector(train.Collector):
             episodes += list(zip(played["successes"], played["returns"]))
             self.num_steps += len(played["answers"])
             progress.update(len(played["answers"]))
+        if self.config.dtype == "bfloat16":  # as `Collector` does
+            self.policy.rescore(answers, self.config.microbatch)
 
         # Each answer stands alone, as an episode of one step. With values of 0, `compute_gae` then
         # returns the reward of a step as its advantage: that of the group.
@@ -121,7 +129,7 @@ class GroupCollector(train.Collector):
                 played["games"].append(i)
 
                 if not was_legal:  # some tasks punish it
-                    returns[i] -= env.GAMES[infos[0]["env"]].illegal_penalty
+                    returns[i] -= env.GAMES[self.config.env].illegal_penalty
 
             step = games.step(actions)
             returns[playing] += step["rewards"][playing]
@@ -145,12 +153,11 @@ class GroupCollector(train.Collector):
 def add_settings(parser):
     group = parser.add_argument_group("GRPO")
     train.setting(group, "--group-size", 8, "episodes that begin alike", type=train.positive_int)
-    parser.set_defaults(value_coef=0.0, num_envs=32)
 
 
 if __name__ == "__main__":
-    for settings in train.TASK_SETTINGS.values():
-        settings["value_coef"] = 0.0
     train.Collector = GroupCollector
     train.add_settings = add_settings
+    # Few environments: a rollout has at least an episode of each
+    train.PROJECT_SETTINGS.update(project="grpo", value_coef=0.0, num_envs=32)
     train.main()

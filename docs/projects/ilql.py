@@ -163,10 +163,10 @@ def add_settings(parser):
     train.setting(group, "--conservative-coef", 0.01, "its weight", type=train.not_negative)
     train.setting(group, "--ilql-steps", 2000, "of the optimiser", type=train.positive_int)
     train.setting(group, "--ilql-lr", 1e-3, "learning rate", type=train.positive)
-    parser.set_defaults(project="ilql")  # eval.py finds `Policy` by this name
 
 
 if __name__ == "__main__":
     train.reinforce = reinforce
     train.add_settings = add_settings
+    train.PROJECT_SETTINGS.update(project="ilql")  # eval.py finds `Policy` by this name
     train.main()
