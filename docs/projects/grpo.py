@@ -7,7 +7,7 @@ How it differs from ppo.py:
 1. The G episodes of a group begin with the same seed, so with the same deal.
 2. No value is learned. The advantage of an answer is the return of its episode, compared with the
    group (formula below). All answers of an episode have the same advantage.
-3. The rest is as before: the ratio with lambda between thoughts and action, its clip, and the
+3. The rest is as before: the ratio with lambda on the thoughts, its clip, and the
    penalty towards SFT, which is a part of GRPO anyway.
 It plays one task, in one process.
 
@@ -49,14 +49,14 @@ class GroupCollector(train.Collector):
             raise train.Refused(f"--num-envs {config.num_envs} is not a multiple of "
                                 f"--group-size {config.group_size}")
         super().__init__(policy, config)
-        self.num_groups = 0   # that were played
-        self.num_steps = 0    # environment steps, likewise
-        self.target = 0       # steps that should have been played at the end of this rollout
+        self.num_groups = 0   # played so far
+        self.num_steps = 0    # environment steps so far
+        self.target = 0       # steps due by the end of this rollout
 
     def collect(self, progress):
         """Play until the rollout has its steps; returns (`Rollout`, statistics) as `Collector`.
 
-        An episode is never cut, so a rollout may have a few steps too many. The next one has fewer.
+        An episode is never cut, so a rollout may have more steps. The next one then has fewer.
         """
         answers = []
         legal = []
@@ -76,7 +76,7 @@ class GroupCollector(train.Collector):
             self.policy.rescore(answers, self.config.microbatch)
 
         # Each answer stands alone, as an episode of one step. With values of 0, `compute_gae` then
-        # returns the reward of a step as its advantage: that of the group.
+        # returns the reward of a step as its advantage.
         def row(numbers):
             return torch.tensor(numbers)[None]                                 # (1, answers)
 
@@ -94,10 +94,10 @@ class GroupCollector(train.Collector):
         )
         self.add_optional(rollout)
         share = legal.count(False) / len(legal)
-        return rollout, self.statistics(episodes, 0) | {"illegal_rate": share}
+        return rollout, self.statistics(episodes, 0) | {"illegal_rate": share}  # of its length
 
     def play_groups(self):
-        """Play an episode in each of N games, in groups; a dict of lists.
+        """Play one episode in each of N games, in groups; returns a dict.
 
         For each answer: `answers`, `legal`, `games` (the number of its game). For each game:
         `returns`, `successes`.
