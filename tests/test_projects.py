@@ -107,6 +107,20 @@ def test_the_losses_of_ilql_by_hand():
     assert conservative.tolist() == pytest.approx([np.log(1 + np.exp(-2)), np.log(2)], abs=1e-6)
 
 
+def test_values_skip_the_tokens_that_are_no_choice():
+    hidden = torch.arange(4.0)[:, None]                                        # (L + 1, 1): 3 tokens
+    step = {"hidden": hidden, "tokens": torch.tensor([7, 8, 9]), "num_cot": 1, "reward": 2.0, "next": 1}
+    following = {"hidden": torch.full((2, 1), 5.0)}
+    states, next_states, tokens, rewards, discounts = ilql.token_steps(step, [step, following], gamma=0.9)
+    assert states[:, 0].tolist() == [0, 1, 2] and tokens.tolist() == [7, 8, 9]
+    # the thought leads to the action's first token, the action's two tokens to the next state
+    assert next_states[:, 0].tolist() == [1, 5, 5]
+    assert rewards.tolist() == [0, 2, 2] and discounts.tolist() == pytest.approx([1, 0.9, 0.9])
+
+    *_, rewards, discounts = ilql.token_steps(step | {"next": None}, [step], gamma=0.9)
+    assert discounts.tolist() == [1, 0, 0]  # nothing follows the end of an episode
+
+
 def test_untrained_steering_is_the_sft_policy_and_a_trained_one_prefers_large_q():
     head = torch.nn.Linear(4, 3, bias=False)
     steering = ilql.Steering(head)
