@@ -333,7 +333,7 @@ def sft(policy, config, run):
         progress.update()
         if done % 50 == 0 or done == config.sft_steps:
             loss = total_over_processes([loss])[0]
-            progress.set_postfix(loss=f"{loss:.3f}")
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             run.log(stage="sft", step=done, loss=loss, lr=lr)
         asked_to_stop = any(gather(run.signal))  # by Ctrl-C, in any process
         if done % 100 == 0 or done == config.sft_steps or asked_to_stop:
@@ -432,7 +432,8 @@ class Collector:
                 self.episode_returns[i] = 0
             progress.update(self.config.num_envs)
             if episodes:
-                progress.set_postfix(success=f"{np.mean([success for success, _ in episodes]):.1%}")
+                success_rate = np.mean([success for success, _ in episodes])
+                progress.set_postfix(success=f"{success_rate:.1%}", refresh=False)
 
         # In bfloat16 sampling and scoring round differently: score as the update will
         if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
@@ -1013,9 +1014,11 @@ def tracker(config, out):
 
 
 def progress_bar(name, total, done):
-    """A progress bar, in the first process and in a terminal only."""
-    disable = True if rank() > 0 else None  # None: hidden where there is no terminal
-    return tqdm(desc=name, total=total, initial=done, unit="step", disable=disable)
+    """A progress bar of the first process. Where there is no terminal, it is a line a minute."""
+    bar = dict(desc=name, total=total, initial=done, unit="step", disable=rank() > 0)
+    if not sys.stderr.isatty():
+        bar |= dict(mininterval=60, maxinterval=60, delay=60, ascii=True)  # seconds
+    return tqdm(**bar)
 
 
 def say(text):

@@ -394,3 +394,17 @@ def test_the_memory_plan_knows_processes_and_that_no_piece_exceeds_its_batch(mon
     # A piece of 1,000 cannot be cut from batches of 64 and 128
     cut = parts(minibatch=64, sft_batch=128, microbatch=1000)
     assert cut["activations"] == pytest.approx(2 * alone["activations"])
+
+
+def test_without_a_terminal_a_bar_is_silent_for_the_first_minute(capsys):
+    bar = train.progress_bar("SFT", 10, 0)
+    for step in range(10):
+        bar.update()
+        bar.set_postfix(loss="0.1", refresh=False)
+    assert capsys.readouterr().err == ""
+
+    bar.start_t -= 61  # as if a minute had passed
+    bar.last_print_t = bar.start_t + 60
+    bar.refresh()
+    assert "SFT: 100%" in capsys.readouterr().err
+    bar.close()
