@@ -427,7 +427,7 @@ def draw_curves(axes, task, settings):
         line, = axes.plot(steps, smooth.mean(0), label=f"{label} (mean of {SMOOTHING} rollouts)")
         color = line.get_color()
         axes.fill_between(steps, smooth.min(0), smooth.max(0), color=color, alpha=0.15, lw=0)
-        if len(seed_runs) == 1:
+        if len(settings) == len(seed_runs) == 1:
             axes.plot(steps, rates[0], ".", color=color, alpha=0.35, label="each rollout")
 
 
