@@ -416,7 +416,8 @@ def plot(runs):
 def draw_curves(axes, task, settings):
     """Draw each setting's mean curve, and a band from its lowest seed to its highest.
 
-    One rollout has few episodes, so curves are means over several; a single run shows both.
+    One rollout has few episodes, so curves are means over several. If there is but one run, the
+    figure shows both.
     """
     for name, seed_runs in settings.items():
         steps = [step for step, _ in seed_runs[0]["curve"]]

@@ -236,7 +236,8 @@ def test_a_figure_has_a_panel_for_each_task_and_lines_for_other_policies():
     figure = evaluation.plot({"blackjack, lr 1": [one, one], "blackjack, lr 2": [one], "numberline": [other]})
     labels = [[line.get_label() for line in axes.get_lines()] for axes in figure.axes]
     assert labels == [
-        ["lr 1 (mean of 4 rollouts)", "lr 2 (mean of 4 rollouts)", "each rollout", "random 40.0%", "best possible 43.16%", "best without looking 38.07%"],
+        ["lr 1 (mean of 4 rollouts)", "lr 2 (mean of 4 rollouts)", "random 40.0%",  # dots of a single run alone
+          "best possible 43.16%", "best without looking 38.07%"],
         ["numberline (mean of 4 rollouts)", "each rollout", "best possible 100.00%", "best without looking 50.00%"]]
 
 
