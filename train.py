@@ -355,9 +355,10 @@ def write_demonstrations(policy, games, rng, config):
     texts = []
     actions = []
     for info, random in zip(games.infos, is_random):
-        action = env.expert_action(info)
         if random:
             action = str(rng.choice(info["legal_actions"]))
+        else:
+            action = env.expert_action(info)
         questions.append(prompts.build_prompt(info, config.prompt))
         texts.append(prompts.demonstration(info, action, config.prompt))
         actions.append(action)
@@ -435,9 +436,7 @@ class Collector:
                 success_rate = np.mean([success for success, _ in episodes])
                 progress.set_postfix(success=f"{success_rate:.1%}", refresh=False)
 
-        # In bfloat16 sampling and scoring round differently: score as the update will
-        if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
-            self.policy.rescore(answers, self.config.microbatch)
+        self.rescore(answers)
 
         values = self.grid([answer.value for answer in answers])               # (T, N)
         truncated = torch.tensor(np.array(truncated))                          # (T, N)
@@ -463,6 +462,11 @@ class Collector:
         )
         self.add_optional(rollout)
         return rollout, self.statistics(episodes, legal.count(False))
+
+    def rescore(self, answers):
+        """In bfloat16 sampling and scoring round differently: score as the update will."""
+        if self.config.dtype == "bfloat16" and self.config.policy == "vlm":
+            self.policy.rescore(answers, self.config.microbatch)
 
     def values_at_time_limit(self, step):
         """V (N,) of the last pictures of episodes that the time limit ended in this step; else 0.
@@ -1160,7 +1164,7 @@ def resume(parser, directory, argv):
     except (OSError, ValueError, TypeError):
         parser.error(f"{directory} holds no run (no config.json that can be read)")
 
-    if program_of(kept) != program_of(parser.parse_args([])):
+    if getattr(kept, "project", None) != PROJECT_SETTINGS.get("project"):
         parser.error(f"{directory} is a run of {program_of(kept)}: go on with that")
 
     # Every flag that is given must be as it was

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import env
 import train
 from docs.projects import archer, grpo, ilql
 from policy import build_policy, load_run
@@ -65,9 +64,6 @@ def test_the_episodes_of_a_group_begin_alike(monkeypatch):
     monkeypatch.setattr(train, "add_settings", grpo.add_settings)
     config, _ = train.configure(["--env", "ezpoints", *QUICK.split(), "--group-size", "4", "--drift-coef", "0"])
     collector = grpo.GroupCollector(build_policy(config), config)
-    begun = []
-    games = env.Games
-    monkeypatch.setattr(env, "Games", lambda *args: begun.append(games(*args)) or begun[-1])
     first = []
     monkeypatch.setattr(collector, "build_prompts", lambda infos: first.append(infos) or train.Collector.build_prompts(collector, infos))
     played = collector.play_groups()

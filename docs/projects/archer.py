@@ -94,10 +94,9 @@ class ArcherCollector(train.Collector):
         known = torch.ones(shape, dtype=torch.bool)
         known[-1] = rollout.terminated[-1]
         known &= ~(rollout.truncated & ~rollout.terminated)  # nor that after a time limit
-        columns = {"states": states, "answers": answers, "next_states": next_states.flatten(0, 1),
-                   "rewards": rollout.rewards.flatten(), "known": known.flatten(),
-                   "terminated": rollout.terminated.flatten()}
-        return columns
+        return {"states": states, "answers": answers, "next_states": next_states.flatten(0, 1),
+                "rewards": rollout.rewards.flatten(), "known": known.flatten(),
+                "terminated": rollout.terminated.flatten()}
 
     @torch.no_grad()
     def features(self, answers):

@@ -63,12 +63,12 @@ def main():
 
 def train(method, game, seed, eval_episodes, folder):
     """Train in a process of its own, which also tells the memory that it took."""
-    command = [sys.executable, ROOT / PROGRAMS[method], "--env", game, "--seed", seed,
-               "--eval-episodes", eval_episodes]
+    command = [sys.executable, ROOT / PROGRAMS[method]]
     if (folder / "config.json").exists():
-        command = [sys.executable, ROOT / PROGRAMS[method], "--resume", folder]
+        command += ["--resume", folder]
     else:
-        command += ["--out", folder]
+        command += ["--env", game, "--seed", seed, "--eval-episodes", eval_episodes,
+                    "--out", folder]
     process = subprocess.Popen([str(part) for part in command])
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:

@@ -50,8 +50,7 @@ class GroupCollector(train.Collector):
                                 f"--group-size {config.group_size}")
         super().__init__(policy, config)
         self.num_groups = 0   # played so far
-        self.num_steps = 0    # environment steps so far
-        self.target = 0       # steps due by the end of this rollout
+        self.surplus = 0      # steps that the rollouts so far have too many
 
     def collect(self, progress):
         """Play until the rollout has its steps; returns (`Rollout`, statistics) as `Collector`.
@@ -62,18 +61,17 @@ class GroupCollector(train.Collector):
         legal = []
         advantages = []
         episodes = []
-        self.target += self.config.rollout_steps
-        while not answers or self.num_steps < self.target:
+        num_steps = self.config.rollout_steps - self.surplus
+        while not answers or len(answers) < num_steps:
             played = self.play_groups()
             answers += played["answers"]
             legal += played["legal"]
             per_episode = group_advantages(played["returns"], self.config.group_size)
             advantages += per_episode[played["games"]].tolist()    # from episodes to their answers
             episodes += list(zip(played["successes"], played["returns"]))
-            self.num_steps += len(played["answers"])
             progress.update(len(played["answers"]))
-        if self.config.dtype == "bfloat16":  # as `Collector` does
-            self.policy.rescore(answers, self.config.microbatch)
+        self.surplus = len(answers) - num_steps
+        self.rescore(answers)
 
         # Each answer stands alone, as an episode of one step. With values of 0, `compute_gae` then
         # returns the reward of a step as its advantage.
@@ -140,14 +138,12 @@ class GroupCollector(train.Collector):
         return played | {"returns": returns, "successes": successes}
 
     def state(self):
-        counts = {"num_groups": self.num_groups, "num_steps": self.num_steps, "target": self.target}
-        return super().state() | counts
+        return super().state() | {"num_groups": self.num_groups, "surplus": self.surplus}
 
     def restore(self, state):
         super().restore(state)
         self.num_groups = state["num_groups"]
-        self.num_steps = state["num_steps"]
-        self.target = state["target"]
+        self.surplus = state["surplus"]
 
 
 def add_settings(parser):
