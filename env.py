@@ -57,8 +57,9 @@ class Game(gym.Env):
     """A game with pictures as observations and short texts as actions. A subclass writes:
 
     name           the task's name, a key of GAMES (str)
-    actions        all actions (tuple of str). If they change at each step, the subclass also
-                   writes the method legal_actions()
+    actions        all actions (tuple of str). If the legal ones change at each step, the subclass
+                   also writes the method legal_actions(), and only the length of `actions` counts:
+                   never may more be legal
     saved          the names of the attributes that make up an episode (tuple of str). A checkpoint
                    keeps them as JSON: int, float, bool, str, None, and lists and dicts of these.
                    All other attributes that deal() sets must begin with "_"; they are not kept.
@@ -69,7 +70,7 @@ class Game(gym.Env):
     draw()         returns the picture, a new PIL image of SIZE x SIZE. No chance here: what is
                    random is set before, and kept by `saved`. The built-in model sees patches of
                    60 x 60 pixels, so what matters should be about as large.
-    marks          for obs="marked", see below; optional
+    marks          boxes for obs="marked"; optional
     expert(info)   returns the best legal action (str) in the state that `info` holds; static
 
     `info` always has `env` (the name), `obs`, `legal_actions` (list of str), `action_mask` (int8: 1
@@ -227,7 +228,7 @@ class BlackjackEnv(Game):
     @staticmethod
     def expert(info):
         """The action with the larger expected return, by dynamic programming."""
-        hard, has_ace = hard_total(info["player"])
+        hard, has_ace = hard_total(info["player"])  # `hard`: aces count 1
         stand, hit = blackjack_values(hard, has_ace, card_number(info["dealer_card"]))
         return "stand" if stand >= hit else "hit"
 
@@ -499,7 +500,7 @@ def episode_seeds(stream, seed, process=0):
     """The seeds of a stream's episodes, without end: first, first + 1, first + 2, ...
 
     stream: one of STREAMS. Each stream, seed and process has a `first` of its own, a random
-    multiple of STREAM_LENGTH. So they never share a deal, but by a chance of one in 10^19.
+    multiple of STREAM_LENGTH. The chance that two of them share a deal is one in 10^19.
     """
     # A random number of 64 bits from the three numbers
     sequence = np.random.SeedSequence([STREAMS.index(stream), seed, process])

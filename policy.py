@@ -103,8 +103,8 @@ class VLMPolicy(nn.Module):
         self.max_new_tokens = max_new_tokens
 
         # The language head, from hidden states to logits, computes in float32. bfloat16 has 8 bits
-        # of precision: divided by a low temperature, the rounding of a logit alone could move a
-        # ratio out of the clip range.
+        # of precision. A low temperature makes the rounding error of a logit larger: it alone could
+        # move a ratio out of the clip range.
         self.head = model.get_output_embeddings()
         if self.head.weight.dtype != torch.float32:
             self.head = copy.deepcopy(self.head).float().requires_grad_(False)
@@ -214,7 +214,7 @@ class VLMPolicy(nn.Module):
         hidden, tokens, token_mask, is_cot = self.read(answers)
 
         # 2. Hidden state 0 gives the value. Hidden state i gives the log-probabilities of answer
-        # token i, which the model has not read there
+        # token i: up to there the model has read only what stands before that token
         value = self.value_of(hidden[:, 0])                                    # (N,)
         log_probs = self.log_probs(self.head(hidden[:, :-1]))                  # (N, L, V)
 
@@ -240,7 +240,7 @@ class VLMPolicy(nn.Module):
         token, and predicts answer token 0. The last state predicts nothing.
 
           padding | prompt ... last token | answer token 0 | ... | answer token L - 1
-                    (left)   state 0        state 1                state L
+                               state 0      state 1                state L
         """
         # Put every answer behind its prompt
         batch = self.collate([answer.inputs for answer in answers])
@@ -261,7 +261,7 @@ class VLMPolicy(nn.Module):
         return hidden, tokens, token_mask, is_cot
 
     def demonstrate(self, images, questions, texts):
-        """Given texts instead of sampled answers, as a list of N `Answer` for `evaluate`."""
+        """Make `Answer`s from N texts that nobody sampled, such as demonstrations."""
         inputs = self.encode(images, questions)
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         answers = []
@@ -336,9 +336,9 @@ class VLMPolicy(nn.Module):
         lengths = batch["attention_mask"].sum(1).tolist()
 
         # Take the samples apart, because the update puts them into other batches. Text loses its
-        # padding. A picture's tensor, such as pixels (N, 3, height, width), is cut into N equal
-        # parts. (Qwen lists the patches of all pictures in one tensor. The pictures have the same
-        # size, so the parts are equal there too.)
+        # padding. A picture's tensor is cut into N equal parts: pixels (N, 3, height, width) become
+        # N times (1, 3, height, width). (The models called Qwen list the patches of all pictures in
+        # one tensor. All pictures have the same size, so the parts are equal there, too.)
         inputs = [{} for _ in questions]
         for key, x in batch.items():
             if x.is_floating_point():

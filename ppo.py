@@ -32,12 +32,12 @@ class Rollout:
     logp_action: torch.Tensor    # log p(v_act | o, v_in, v_tht) under the policy that sampled
     values: torch.Tensor         # V(s_t)
     next_values: torch.Tensor    # V(s_{t+1}); any number where the episode terminated
-    rewards: torch.Tensor        # r_t as the game gives it, not scaled
+    rewards: torch.Tensor        # r_t of the game, less the penalty of an illegal answer
     terminated: torch.Tensor     # the episode ended in a final state: nothing follows
     truncated: torch.Tensor      # a time limit cut the episode off: it would have gone on
+    legal: torch.Tensor          # the answer named one legal action
 
     # None where the settings do not ask for it
-    legal: torch.Tensor | None = None            # the answer named one legal action
     sft_logp_cot: torch.Tensor | None = None     # as logp_cot, under the SFT policy
     sft_logp_action: torch.Tensor | None = None  # as logp_action, under the SFT policy
     token_logps: torch.Tensor | None = None      # (T, N, L) log p of each token, 0 after the end
@@ -58,8 +58,8 @@ def compute_gae(rollout, gamma, gae_lambda):
     A truncated episode would have gone on, so its last step keeps gamma * V(s_{t+1}).
 
     With gae_lambda = 0 an advantage is one delta: little noise, but the errors of V count. With
-    gae_lambda = 1 it is the discounted return minus V(s_t), because the values between cancel each
-    other: more noise, but V's errors do not count.
+    gae_lambda = 1 it is the discounted return minus V(s_t): gamma V(s_{t+1}) of one delta cancels
+    the -V(s_{t+1}) of the next. That is more noise, but the errors of V do not count.
     """
     # A termination ends the future of a state; a truncation does not
     next_values = rollout.next_values * ~rollout.terminated                    # (T, N)
@@ -96,15 +96,16 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
     log_ratio = log_prob - old["log_prob"]                                     # (N,)
     ratio = log_ratio.exp()                                                    # (N,), rho
 
-    # Of the two losses the larger one counts: -min(x, y) is max(-x, -y). If A > 0, it is constant
-    # where the ratio is above 1 + clip. If A < 0, it is constant where the ratio is below 1 - clip.
-    # Where it is constant the gradient is 0.
+    # Of the two losses the larger one counts: -min(x, y) is max(-x, -y). If A > 0, the larger one
+    # is constant where the ratio is above 1 + clip. If A < 0, it is constant where the ratio is
+    # below 1 - clip. Where it is constant the gradient is 0.
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     policy_loss = -torch.min(ratio * old["advantage"], clipped_ratio * old["advantage"])
 
-    # Fit the value to the return. Here too the larger loss counts. If V has moved towards R by more
-    # than value_clip, and not far past it, the clipped error is larger, and its gradient is 0. If V
-    # has moved away from R, the other error is larger, and its gradient brings V back.
+    # Fit the value to the return. Here too the larger loss counts: an update cannot move V by much
+    # more than value_clip. Example: V_old = 0, R = 1, value_clip = 0.2. At V = 0.5 the clipped
+    # value is 0.2, and its error (0.2 - 1)^2 is larger than (0.5 - 1)^2. It does not depend on V,
+    # so the gradient is 0, and V stays. At V = -0.5, (-0.5 - 1)^2 is larger, and brings V back.
     clipped_value = old["value"] + (new.value - old["value"]).clamp(-value_clip, value_clip)
     value_error = (new.value - old["return"]) ** 2
     clipped_value_error = (clipped_value - old["return"]) ** 2
@@ -114,9 +115,10 @@ def ppo_loss(new, old, cot_scale, clip, value_clip):
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "log_ratio": log_ratio,
-        # An estimate of KL(pi_old, pi_new). The mean of -log_ratio is an estimate already. The mean
-        # of ratio - 1 is 0, so adding it changes nothing on average, and makes every term >= 0.
-        # (For lambda < 1 it is a distance like the KL.)
+        # An estimate of KL(pi_old, pi_new). The mean of -log_ratio is an estimate already. Over
+        # samples of pi_old the mean of pi_new / pi_old - 1 is 0. So adding it changes nothing on
+        # average, and makes every term >= 0. (For lambda < 1 this is not exactly the KL, but it
+        # also is 0 where nothing has changed, and grows with the change.)
         "approx_kl": ratio - 1 - log_ratio,
         "clipfrac": ((ratio - 1).abs() > clip).float(),
         "entropy": new.entropy,  # for the report; some PPO losses reward it, the paper's does not
@@ -128,17 +130,19 @@ def drift_from_sft(new, old):
 
     In the card games nothing rewards well-formed answers: after an illegal one a random action is
     played, and may win. So answers drift until many are illegal. A small weight on this term keeps
-    what SFT has taught. Legal actions are free, because to choose among them is what RL is for:
+    what SFT has taught. Legal actions are not held, because to choose among them is what RL is for:
 
         x = log p(v_tht) - log p_SFT(v_tht), and if the action is illegal,
             log p(v_act) - log p_SFT(v_act) is added
         x^2 / 2 where |x| <= DRIFT_LIMIT, then a straight line      (Huber's loss)
 
-    The gradient of x^2 / 2 is x * grad log p. Its mean over samples of p is the gradient of the KL
-    divergence from p to p_SFT, because the mean of grad log p is 0. (Here the samples are of the
-    policy before the update, which is near p.) The straight line is for texts that SFT would almost
-    never write, with x of 100 or more. With x^2 / 2, one of them would outweigh all other answers,
-    and destroy the policy.
+    Why a square? Its gradient is x * grad log p. The KL divergence is the mean of x over samples of
+    p, and its gradient is the mean of (x + 1) * grad log p. The 1 adds nothing, because the mean of
+    grad log p is 0 (probabilities always sum to 1). So the two gradients are the same on average.
+    (Here the samples are of the policy before the update, which is near p.)
+
+    Why a straight line? For texts that SFT would almost never write, x is 100 or more. With
+    x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
 
     new: logp_cot and logp_action, (N,), with gradients. old: dict of legal, sft_logp_cot and
     sft_logp_action, each (N,).
@@ -195,7 +199,7 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
             new = policy.evaluate([rollout.answers[i] for i in indices.tolist()])
             old_piece = {name: x[indices].to(new.value.device) for name, x in old.items()}
             losses = ppo_loss(new, old_piece, cot_scale, config.clip, config.value_clip)
-            if rollout.token_logps is not None:  # a variant: one ratio a token
+            if rollout.token_logps is not None:  # a variant: the policy loss with one ratio a token
                 losses |= token_ratio_loss(new, old_piece, config.clip)
             loss = losses["policy_loss"] + config.value_coef * losses["value_loss"]
             if config.drift_coef:
@@ -226,12 +230,13 @@ def ppo_update(policy, optimizer, rollout, cot_scale, config):
 
 
 def normalise(advantages, returns):
-    """Advantages (T, N) divided by their root mean square over the rollout of all processes, or by
-    that of the returns, if it is larger.
+    """Advantages (T, N), divided by the larger of two numbers: the root mean square of the
+    advantages, and that of the returns. Both are taken over the rollouts of all processes.
 
     The mean is not subtracted, though many programs do it. The advantages of a policy that wins
-    already are small and mostly positive. Minus their mean, half of its good steps would get a
-    negative advantage, and the policy would unlearn them.
+    already are small and mostly positive: V still expects the slightly worse play of before. Minus
+    their mean, half of the good steps would get a negative advantage, and the policy would unlearn
+    them.
 
     The size of the returns is a lower limit, for the end of training. Once V is almost right, the
     advantages are only small errors of V. Divided by their own size they would become large, and
@@ -467,6 +472,7 @@ def main():
         rewards=column(0.0, 1.0, 0.0, -1.0, 0.0),
         terminated=column(False, True, False, False, False),
         truncated=column(False, False, False, True, False),
+        legal=column(True, True, True, True, True),
     )
     advantages, returns = compute_gae(rollout, gamma=0.9, gae_lambda=0.95)
 

@@ -3,7 +3,7 @@
     info = {"env": "blackjack", "obs": "image", "legal_actions": ["stand", "hit"],
             "player": ["KH", "6S"], "player_total": 16, "dealer_card": "9D", "success": False}
     prompt = build_prompt(info)                     # v_in, without the picture
-    answer = demonstration(info, "hit")             # v_out of an expert, for SFT
+    answer = demonstration(info, "hit")             # v_out for SFT
     action, was_legal = parse_action(answer, info["legal_actions"], rng)    # the paper's f
 
 An answer is a JSON object: key-state fields that say what the picture shows, then "thoughts", then
@@ -35,8 +35,8 @@ import env
 class Field:
     """A key-state field of an answer, such as "cards"."""
 
-    # The prompt's words for it. A str: the answer holds one value. A list with one str, such as
-    # ["rank of each card"]: it holds a JSON list.
+    # The prompt's words for it. A str: the answer has one value here. A list with one str, such as
+    # ["rank of each card"]: the answer has a JSON list here.
     description: object
     truth: Callable[[dict], object]  # info -> what an agent that sees right writes
 
@@ -167,7 +167,7 @@ def answer_fields(info, style="full"):
     """The fields of an answer before its action: dict of name -> Field.
 
     full: key-state fields and thoughts, as in the paper; thoughts: thoughts alone; action: neither;
-    vision: as full, but the text tells nothing that the picture shows;
+    vision: as full, but `build_prompt` leaves out what the picture shows;
     chatty: as full, but idle words stand before the thoughts (large models vary their words).
     """
     task = TASKS[info["env"]]
@@ -219,7 +219,7 @@ def demonstration(info, action, style="full"):
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
 # text of n spaces would cost n * n steps.) A brace is written twice, because these are f-strings.
-# BARE_KEY is none; its (?<=[{,]) means: just before stands { or a comma.
+# (?<=[{,]) means: just before stands { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)
 BARE_KEY = re.compile(r"(?:^|(?<=[{,]))\s{0,9}action\s{0,9}:", re.IGNORECASE | re.MULTILINE)

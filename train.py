@@ -394,6 +394,7 @@ class Collector:
         final_values = []    # V of the last picture of a truncated episode, else 0
         legal = []           # T * N bool: whether an answer named one legal action
         episodes = []        # (success, return) of each episode that ended
+        # `config.num_envs` counts all processes, `self.num_envs` (N) this process alone
         num_steps = self.config.rollout_steps // self.config.num_envs          # T
         for _ in range(num_steps):
             # 1. See: the pictures o and the prompts v_in
@@ -436,7 +437,7 @@ class Collector:
                 success_rate = np.mean([success for success, _ in episodes])
                 progress.set_postfix(success=f"{success_rate:.1%}", refresh=False)
 
-        self.rescore(answers)
+        self.rescore(answers)  # in bfloat16 alone
 
         values = self.grid([answer.value for answer in answers])               # (T, N)
         truncated = torch.tensor(np.array(truncated))                          # (T, N)
@@ -460,7 +461,7 @@ class Collector:
             truncated=truncated,
             legal=self.grid(legal),
         )
-        self.add_optional(rollout)
+        self.add_optional(rollout)  # such as log-probabilities under the SFT policy
         return rollout, self.statistics(episodes, legal.count(False))
 
     def rescore(self, answers):
@@ -543,7 +544,7 @@ class Collector:
 
 
 def reinforce(policy, config, run):
-    """PPO on the task's reward, from the SFT policy on or from the checkpoint of `run`."""
+    """PPO on the task's reward. It starts from the SFT policy, or from the checkpoint of `run`."""
     trainable = [p for p in policy.parameters() if p.requires_grad]
     broadcast([p.data for p in trainable])  # all processes begin with the first one's adapter
     optimizer = torch.optim.Adam(trainable, config.lr, eps=config.adam_eps, fused=True)
@@ -641,7 +642,7 @@ def train(policy, config, run, weights=None):
     elif rank() == 0:
         copy_folder(weights, run.out / "sft")
 
-    resumed_in_stage_2 = run.state["stage"] == "rl"  # None in a new run
+    resumed_in_stage_2 = run.state["stage"] == "rl"  # the stage of a new run is None
     if not resumed_in_stage_2:
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))

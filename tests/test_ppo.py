@@ -40,6 +40,7 @@ def rollout(rewards, values, next_values, terminated, truncated, answers=(), log
         rewards=numbers(rewards),
         terminated=flags(terminated),
         truncated=flags(truncated),
+        legal=torch.ones(shape, dtype=torch.bool),
     )
 
 
@@ -204,7 +205,7 @@ def linear_update(rank, ranks, port, answers, rewards, result):
         scores = policy.evaluate(flat)
     never = torch.zeros(shape, dtype=torch.bool)
     r = Rollout(flat, *[x.reshape(shape) for x in (scores.logp_cot, scores.logp_action, scores.value)],
-                torch.zeros(shape), rewards[:, mine], ~never, never)
+                torch.zeros(shape), rewards[:, mine], ~never, never, ~never)
     optimizer = torch.optim.SGD(policy.parameters(), 0.1)
     stats = ppo_update(policy, optimizer, r, 0.3, settings(epochs=3, minibatch=24, max_grad_norm=0.1))
     torch.save((policy.layer.weight.detach(), stats), f"{result}-{ranks}-{rank}")
