@@ -252,7 +252,8 @@ class BlackjackEnv(Game):
 def random_cards(rng, count):
     """Draw `count` cards, such as "AS" or "JH", from an infinite deck.
 
-    By the authors' rule no card shows 10: in its place comes J, Q or K, which count the same.
+    By the authors' rule no card of Blackjack shows 10: in its place comes J, Q or K, which count
+    the same.
     """
     ranks = rng.integers(0, 13, count)
     for i, rank in enumerate(ranks):
@@ -350,8 +351,8 @@ class PointsGame(Game):
 
     Reward: 10 for `=` after a right formula, -1 after a wrong one. -1 for a number that is not on
     an unused card: instead of it a blank, `_`, takes the next place, and means nothing. 0 for other
-    entries. When more than `max_entries` places are taken, any action, `=` too, truncates the
-    episode with -1. A counts 1; J, Q and K count 10.
+    entries. When `max_entries` + 1 places are taken, any action, `=` too, truncates the episode
+    with -1. A counts 1; J, Q and K count 10.
 
     State: `cards` (such as "10H"), `numbers` (int), `formula` (list of str, the entries so far;
     "_" is a blank). A subclass sets `target` and `max_entries`, and chooses the cards in
@@ -410,7 +411,7 @@ class PointsGame(Game):
 
         # The cards, in the middle of the picture's width
         pitch = min(120, (SIZE - 4) // len(self.cards))
-        left = (SIZE - pitch * len(self.cards)) // 2 + pitch // 24
+        left = (SIZE - pitch * len(self.cards)) // 2 + pitch // 24  # half of a gap: see draw_cards
         card_boxes = draw_cards(picture, self.cards, left, 40, pitch)
 
         # The formula, on a strip of paper
@@ -470,7 +471,8 @@ GAMES = {}  # name of a task -> its class
 def register(game):
     """Make a `Game` known to Gymnasium and to the commands, under its `name`."""
     GAMES[game.name] = game
-    entry_point = f"{game.__module__}:{game.__name__}"  # a name, which Gymnasium can store
+    # Gymnasium can write an environment's description as JSON if its class is told by name
+    entry_point = f"{game.__module__}:{game.__name__}"
     if "<locals>" in game.__qualname__:  # a class within a function is not found by name
         entry_point = game
     gym.register(env_id(game.name), entry_point=entry_point)
@@ -807,7 +809,7 @@ def draw_card_face(draw, card, w, stroke):
         position = (x * w, 0.45 * w)
         draw.text(position, digit, color, font(int(0.78 * w)), anchor="mm", stroke_width=stroke)
 
-    radius = 0.26 * w  # half the suit's width; it has 100 units in the table
+    radius = 0.26 * w  # half the suit's width, which is 100 of the 200 units of SUIT_SHAPES
     left = w / 2 - radius
     top = 1.12 * w - radius
     draw_shape(draw, SUIT_SHAPES[suit], left, top, radius / 100, {"own": color})
@@ -868,7 +870,8 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
     dealer's open card, 1 to 10. A win counts 1, a draw 0, a loss `loss`: with -1 a value is the
     expected return, with 0 the probability of a win.
     """
-    # Stand: compare the total with each total that the dealer may reach
+    # Stand: compare the total with each total that the dealer may reach. The dealer's hidden card
+    # is as random as a card from the deck, so it counts as the dealer's next draw.
     total = hand_total(hard, has_ace)
     stand = 0.0
     for final, probability in dealer_totals(dealer, dealer == 1):
@@ -890,18 +893,18 @@ def blackjack_values(hard, has_ace, dealer, loss=-1.0):
 
 
 # --------------------------------------------------------------------------------------------------
-# The best success rates without a look at the picture: what a policy must exceed to show that it
-# looks
+# What can be reached without a look at the picture: a policy must exceed it to show that it looks
 
 # All are computed; tests/test_env.py computes them again. The prompt tells the formula so far, so a
 # player may read that without looking. A blank in it tells that a number is on no card.
-# numberline   always "+": no fixed probability of "+" is better
+# numberline   always "+" (a step back loses the game, so no fixed probability of "+" is better)
 # blackjack    always "stand": to hit once, or twice, and then to stand is worse
-# ezpoints     the best play of all that read the formula
-# points24     a lower bound. This player tries the numbers 10, 9, ... 1; one that is on a card
-#              stays in the formula. Between them it writes the signs, and at most two pairs of
-#              brackets, that are right most often. Other orders were not tried. The best formula
-#              that is chosen before the game, "10+10+10-6", is right in 0.90 % of the deals.
+# ezpoints     the best play of any player who reads the formula alone
+# points24     a lower bound: this player tries the numbers 10, 9, ... 1 in this order. One that is
+#              on a card stays in the formula. Between them it writes signs, and up to two pairs of
+#              brackets. It chooses those that win most of the hands with the numbers found so far.
+#              The best formula that is chosen before the game, "10+10+10-6", is right in 0.90 % of
+#              the deals.
 BLIND = {
     "numberline": 0.5,
     "blackjack": 0.3807,
@@ -963,7 +966,7 @@ def tree_value(node):
         return None
     if isinstance(node.op, ast.Div) and right == 0:
         return None
-    return SYNTAX[type(node.op)](left, right)  # no "**" or "//": entries stand apart in the text
+    return SYNTAX[type(node.op)](left, right)  # spaces stand between entries, so there is no "**"
 
 
 def solve(numbers, target, formula=(), max_entries=MAX_ENTRIES):
@@ -989,8 +992,9 @@ def shortest_formula(numbers, target, beginning):
 
     Of several that are equally short, it is the first in the order of Python's tuples.
     """
-    # `earlier` is the best formula for the beginning without its last entry. If there is none,
-    # there is none here. If it goes on with just this last entry, it is the best here too.
+    # A formula that begins with `beginning` also begins with `beginning[:-1]`. So if there is none
+    # for that, there is none here. And if the best one for that goes on with the last entry of
+    # `beginning`, it is the best here, too.
     if beginning:
         earlier = shortest_formula(numbers, target, beginning[:-1])
         if earlier is None or earlier[:len(beginning)] == beginning:
@@ -1005,10 +1009,11 @@ def shortest_formula(numbers, target, beginning):
 
 
 # What is written so far is kept as levels: the formula's own, then one for each open bracket. A
-# level is (sum of its finished terms, value of its last term, the sign that waits for an operand).
-# "2+3*" is the level (2, 3, "*"). After an operand the sign is "". An empty level is as if "0+"
-# stood there, so that the first operand is added. Floats are exact enough: with four cards a value
-# is 24, or it differs from 24 by 1/1000 or more (no denominator is above 10 * 10 * 10).
+# level is (sum of the terms before the last one, the last term, the sign that waits for an
+# operand). The entries of 2+3*4 lead to (0, 2, ""), (0, 2, "+"), (2, 3, ""), (2, 3, "*") and
+# (2, 12, ""). An empty level is as if "0+" stood there, so that the first operand is added.
+# Floats, rounded to nine places, are exact enough: with four cards a value is 24, or it differs
+# from 24 by 1/1000 or more (no denominator is above 10 * 10 * 10).
 EMPTY_LEVEL = (0.0, 0.0, "+")
 
 
@@ -1068,8 +1073,8 @@ def shortest_rest(levels, numbers, target, found):
     if (levels, numbers) in found:
         return found[levels, numbers]
 
-    # Try each way to go on, unless it must become too long: n numbers need n signs, or n - 1 if
-    # one is written already, so they take 2 n - 1 entries or more. Open brackets must be closed.
+    # Try each way to go on, unless it must become too long. n numbers need n signs; if one stands
+    # already, n - 1. So they take 2 n - 1 entries or more. Open brackets must be closed.
     best = None
     for entries, next_levels, left in ways_on(levels, numbers):
         open_brackets = len(next_levels) - 1

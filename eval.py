@@ -208,27 +208,29 @@ def recognition(policy, name, trials, seed=0, num_envs=64, style="full", obs="im
 
 
 MAX_ANSWER = 100_000  # characters of an answer that are looked at
-QUOTES = "'`\u201c\u201d\u2018\u2019"  # all but JSON's
-# A name and its value, whose end may be missing. (The only repetitions without a limit stand at the
-# end. Nothing follows that could fail, so the time grows with the length of the text alone.)
+OTHER_QUOTES = "'`\u201c\u201d\u2018\u2019"  # all but ", which JSON uses
+# A name and its value; the closing quote or bracket may be missing. (The time is linear in the
+# text: only the last repetition of each line has no limit, and behind it the pattern ends. So
+# nothing is tried again.)
 PAIR = re.compile(rf"""
-    \b (?P<name> \w{{1,40}}) ["{QUOTES}]? \s{{0,9}} : \s{{0,9}}   # a name, a colon, then
-    (?: \[ (?P<list> [^\]]*)                                      # a list, up to its bracket
-      | " (?P<quoted> [^"]*)                                      # or a text in quotes
-      | [{QUOTES}] (?P<otherwise_quoted> [^{QUOTES}]*)            # or in other quotes
-      | (?P<bare> [^,}}\n]*)                                      # or without quotes
+    \b (?P<name> \w{{1,40}}) ["{OTHER_QUOTES}]? \s{{0,9}} : \s{{0,9}}    # a name, a colon, then
+    (?: \[ (?P<list> [^\]]*)                                 # a list, up to its bracket
+      | " (?P<quoted> [^"]*)                                 # or a text in quotes
+      | [{OTHER_QUOTES}] (?P<other> [^{OTHER_QUOTES}]*)      # or in other quotes
+      | (?P<bare> [^,}}\n]*)                                 # or without quotes
     )""", re.VERBOSE)
 
 
 def read_fields(text):
     """What an answer says, field by field: name -> text, or list of texts.
 
-    Like the parser of actions, it accepts words and fences around the object, other quotes, and
-    an object that was cut off. Never raises; the time is linear in the text.
+    Like the parser of actions, it accepts other text or a Markdown fence (```) around the object,
+    other quotes, and an object that was cut off. Never raises; the time is linear in the text.
     """
     text = text[:MAX_ANSWER]
 
-    # Most answers hold one JSON object. (Without a brace `end` is 0, and nothing is loaded.)
+    # Most answers hold one JSON object. (Without a closing brace `end` is 0. Then the piece is
+    # empty, which is no JSON, and the reading below follows.)
     start = max(text.find("{"), 0)
     end = text.rfind("}") + 1
     try:
@@ -244,10 +246,10 @@ def read_fields(text):
         name = match["name"].lower()
         if name in fields:
             continue
-        kind = match.lastgroup  # list, quoted, otherwise_quoted or bare
+        kind = match.lastgroup  # list, quoted, other or bare
         value = match[kind].strip()
         if kind == "list":
-            elements = [element.strip(f'"{QUOTES} \n\t') for element in value.split(",")]
+            elements = [element.strip(f'"{OTHER_QUOTES} \n\t') for element in value.split(",")]
             value = [element for element in elements if element]
         fields[name] = value
     return fields
@@ -317,15 +319,16 @@ def table(rows):
                      f"{row['mean_return']:>+7.2f}  {row['illegal_rate']:>7.1%}  "
                      f"{row['episodes']:>8}")
 
-    # Add a second table, with a column for each type of tasks, where the task has several
-    kinds = next(iter(rows.values())).get("by_task_type")
+    # Add a second table, with a column for each type of tasks, where the task has several. (If few
+    # episodes were played, a policy may have played none of a type.)
+    kinds = sorted({kind for row in rows.values() for kind in row.get("by_task_type", {})})
     if kinds:
         titles = [f"{title:>8}" for title in [*kinds, "average"]]
         lines += ["", f"{'success in':<{width}} {' '.join(titles)}"]
         for name, row in rows.items():
-            rates = [row["by_task_type"].get(kind, [math.nan])[0] for kind in kinds]
-            rates.append(sum(rates) / len(rates))
-            cells = [f"{rate:>8.1%}" for rate in rates]
+            rates = {kind: rate for kind, (rate, *_) in row["by_task_type"].items()}
+            cells = [f"{rates[kind]:>8.1%}" if kind in rates else f"{'-':>8}" for kind in kinds]
+            cells.append(f"{sum(rates.values()) / len(rates):>8.1%}")
             lines.append(f"{name:<{width}} {' '.join(cells)}")
     return "\n".join(lines)
 
@@ -342,7 +345,8 @@ def summary(rows, task):
     rows: of metrics.jsonl. Returns a dict: task, curve (list of [environment steps, success rate]),
     and for each policy its name -> its row.
     """
-    evaluations = {row["policy"]: row for row in rows if row.get("env") == task}  # others lack it
+    # Only rows of evaluations have the key "env"
+    evaluations = {row["policy"]: row for row in rows if row.get("env") == task}
     curve = [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]
     return evaluations | {"task": task, "curve": curve}
 
@@ -416,8 +420,8 @@ def plot(runs):
 def draw_curves(axes, task, settings):
     """Draw each setting's mean curve, and a band from its lowest seed to its highest.
 
-    One rollout has few episodes, so curves are means over several. If there is but one run, the
-    figure shows both.
+    One rollout has few episodes, so curves are means over several. If there is but one run, each
+    rollout is shown too, as a dot.
     """
     for name, seed_runs in settings.items():
         steps = [step for step, _ in seed_runs[0]["curve"]]
@@ -449,7 +453,7 @@ def moving_mean(rates):
 
 
 def draw_references(axes, task, settings):
-    """Draw dashed lines for the means of other policies, dotted ones for what is possible."""
+    """Draw dashed lines for evaluated policies, dotted ones for what is possible."""
     # SFT and RL differ from setting to setting: their lines are drawn if there is one setting.
     names = list(REFERENCES) if len(settings) == 1 else ["random", "expert"]
     all_runs = [run for seed_runs in settings.values() for run in seed_runs]
@@ -462,7 +466,8 @@ def draw_references(axes, task, settings):
     if task in BOUNDS:
         label = f"best possible {BOUNDS[task]:.2%}"
         axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=label)
-        label = f"best without looking {env.BLIND[task]:.2%}"
+        at_least = "at least " if task == "points24" else ""  # see `BLIND`
+        label = f"best without looking: {at_least}{env.BLIND[task]:.2%}"
         axes.axhline(env.BLIND[task], ls=":", lw=1.2, color="#9a9a9a", label=label)
 
 
@@ -470,7 +475,8 @@ def bounds_line(task):
     """What is possible in a task, as a line for below its table; "" where it was not computed."""
     if task not in BOUNDS:
         return ""
-    return (f"success without looking at the picture: at best {env.BLIND[task]:.2%}; "
+    bound = "at least" if task == "points24" else "at best"  # see `BLIND` in env.py
+    return (f"success without looking at the picture: {bound} {env.BLIND[task]:.2%}; "
             f"best possible: {BOUNDS[task]:.2%}")
 
 
@@ -508,12 +514,15 @@ def animate(policy, name, episodes, seed, file, style="full", obs="image"):
             frames.append((draw_frame(image, mark_answer(answer.text, truth), notes), 1600))
 
             step = games.step([action], seeds)
-            total_reward += step["rewards"][0]
+            reward = step["rewards"][0]
+            if not was_legal:
+                reward -= env.GAMES[info["env"]].illegal_penalty
+            total_reward += reward
             over = step["terminated"][0] or step["truncated"][0]
 
         # Show the last picture, and what came of the episode
         outcome = "success" if step["infos"][0]["success"] else "no success"
-        notes = [f"reward {step['rewards'][0]:+.0f}", f"{outcome}, return {total_reward:+.0f}"]
+        notes = [f"reward {reward:+.0f}", f"{outcome}, return {total_reward:+.0f}"]
         frames.append((draw_frame(step["last_images"][0], [], notes), 2400))
 
     pictures, durations = zip(*frames)

@@ -422,7 +422,10 @@ class VLMPolicy(nn.Module):
     # -- Not needed by the method: memory, bfloat16, Qwen ------------------------------------------
 
     def checkpoint_gradients(self):
-        """Trade time for memory: keep no activations inside the layers, compute them again."""
+        """Trade time for memory: keep no activations inside the layers, compute them again.
+
+        (This is called gradient checkpointing. It has nothing to do with a run's checkpoints.)
+        """
         self.model.activation_checkpointing_enable()
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -478,7 +481,7 @@ def append_tokens(batch, tokens, token_mask):
     longer = dict(batch)
     for key in TEXT_KEYS:
         if key in batch:
-            new = torch.zeros_like(tokens)
+            new = torch.zeros_like(tokens)  # type ids: 0 means text
             if key == "input_ids":
                 new = tokens
             if key == "attention_mask":
@@ -511,6 +514,7 @@ def forbidden_tokens(vocab_size, tokenizer, eos_ids):
     forbidden_ids |= set(range(len(tokenizer), vocab_size))
     forbidden_ids -= set(eos_ids)
 
+    # (A tokenizer may know more tokens than the model has logits)
     forbidden = torch.zeros(vocab_size)
     forbidden[[token_id for token_id in forbidden_ids if token_id < vocab_size]] = -torch.inf
     return forbidden
@@ -622,8 +626,8 @@ def build_tiny(seed=0, texts=None):
     """(model, processor) of a LLaVA of about 1 M parameters, built here: nothing is downloaded.
 
     texts: what its tokenizer learns from (default: prompts and answers of the card games); seed: of
-    its random weights. It sees 100 x 100 pixels as 25 patches of 20 x 20: about one patch a card.
-    Everything else is the code that a LLaVA of 7 B parameters runs.
+    its random weights. A picture is shrunk to 100 x 100 pixels and cut into 25 patches of 20 x 20,
+    about one for each card. Everything else is the code that a LLaVA of 7 B parameters runs.
     """
     tokenizer = build_tokenizer(texts or corpus())
     image_processor = CLIPImageProcessorPil(
@@ -684,7 +688,7 @@ def build_tokenizer(texts):
         if "\n" in text:  # a prompt; answers have one line
             lines.update(text.split("\n"))
     instructions = [line for line, count in lines.items() if count >= 100 and len(line) > 20]
-    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])  # as it is
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
@@ -747,13 +751,14 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     return model, processor
 
 
-def model_identity(name):
+def model_identity(name, trust_remote_code=False):
     """A short text that differs for models with other weights: a digest, or the hub's revision."""
     folder = Path(name)
     if name == "tiny":
         return name
     if not folder.is_dir():
-        return AutoConfig.from_pretrained(name)._commit_hash
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return config._commit_hash
 
     # Of each file of weights: its name, its size, and 64 kB at each of 16 places. The first of them
     # holds the header.
@@ -827,8 +832,9 @@ def build_policy(config, weights=None):
     began_with = getattr(config, "base", None)  # `model_identity`, which train.py has written
     if weights is not None and not has_adapter:
         source = str(weights)
-    elif began_with is not None and began_with != model_identity(config.model):
-        raise ValueError("its weights are not those that the run began with")
+    elif began_with is not None:
+        if began_with != model_identity(config.model, config.trust_remote_code):
+            raise ValueError("its weights are not those that the run began with")
 
     # The built-in model's tokenizer learns from the tasks that it will play. The card games share
     # one, so that runs can be compared; any other task has its own.

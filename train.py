@@ -94,11 +94,12 @@ PAPER = dict(
 # What a task changes, for each preset
 TASK_SETTINGS = {
     ("tiny", "numberline"): dict(env_steps=6144),
-    # Returns of 10 make squared errors of 100: they must not drown the policy's gradient
-    ("tiny", "ezpoints"): dict(env_steps=8192, value_coef=0.01),
+    # Returns of 10 make squared errors of 100: they must not outweigh the policy's gradient. Few
+    # hands need a product. With more random actions some runs never learnt to write "*".
+    ("tiny", "ezpoints"): dict(demo_noise=0.7, env_steps=6144, value_coef=0.01),
     # Most of a reward is chance here, so small steps would take too long
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800, lr=8e-4, lr_end=3e-4),
-    # The last two have longer episodes and answers, and were tuned apart
+    # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
         env_steps=15360, rollout_steps=512, temperature=0.4,
@@ -113,8 +114,8 @@ TASK_SETTINGS = {
         cot_scale=0.2, env_steps=12288, rollout_steps=1024, minibatch=256, eval_episodes=300),
 }
 
-# Other defaults of a project under docs/projects, in every preset and task. It puts them in here.
-# `project` is the name of its file.
+# Defaults that a file of docs/projects changes, in every preset and task. That file puts them in
+# here before it calls `main`. `project` is its own name.
 PROJECT_SETTINGS = {}
 
 # Types of flags: `number` of eval.py makes a function that refuses what is outside its limits
@@ -172,7 +173,8 @@ def make_parser():
     model = parser.add_argument_group("the model")
     setting(model, "--device", "cpu", "of the model", choices=["cuda", "mps", "cpu"])
     setting(model, "--dtype", None, "of the base weights; adapter and value head are float32 "
-            "[bfloat16 for other models on cuda, else float32]", choices=["bfloat16", "float32"])
+            "[bfloat16 with --preset paper on cuda, else float32]",
+            choices=["bfloat16", "float32"])
     setting(model, "--quantize", None, "base weights in 4 bits, with bitsandbytes on cuda",
             choices=["4bit"])
     setting(model, "--image-tiles", "one", "LLaVA-1.6 and Idefics3 cut a picture into tiles. "
@@ -183,7 +185,8 @@ def make_parser():
     setting(model, "--trust-remote-code", False, "run Python code of the model", **switch)
 
     rollout = parser.add_argument_group("rollout")
-    setting(rollout, "--env-steps", 10240, "environment steps in all", type=positive_int)
+    setting(rollout, "--env-steps", 10240, "environment steps in all, down to a whole rollout",
+            type=positive_int)
     setting(rollout, "--num-envs", 64, "environments played at a time", type=positive_int)
     setting(rollout, "--rollout-steps", 256, "environment steps an update, over all environments",
             type=positive_int)
@@ -239,7 +242,12 @@ def make_parser():
 
 
 def add_settings(parser):
-    """Flags of a project that imports this file: it puts its own function in this place."""
+    """Add the flags of a project. Does nothing here: a file of docs/projects puts its own function
+    in this place, by `train.add_settings = ...`."""
+
+
+def check_settings(parser, config):
+    """Refuse what a project cannot do, by `parser.error`. Does nothing here, as `add_settings`."""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -255,7 +263,7 @@ def make_games(stream, num_envs, config):
     """`num_envs` games for this process.
 
     stream: what they are for: "sft", "rollout" or "evaluation". Each stream, seed and process has
-    deals of its own.
+    deals of its own. Several tasks are dealt over the games of all processes.
     """
     seeds = env.episode_seeds(stream, config.seed, rank())
     return env.Games(
@@ -631,7 +639,7 @@ def train(policy, config, run, weights=None):
         return train_cnn(policy, config, run)
 
     # Stage 1: imitate demonstrations. If `weights` is given, this was done already: by another run
-    # with the same settings, or by this run, which was stopped in stage 2.
+    # with the same settings, or by this run, which was stopped after SFT.
     if weights is None:
         if config.sft_lora:  # else SFT trains all weights
             policy.add_lora(config.lora_rank, config.lora_alpha)
@@ -642,8 +650,9 @@ def train(policy, config, run, weights=None):
     elif rank() == 0:
         copy_folder(weights, run.out / "sft")
 
-    resumed_in_stage_2 = run.state["stage"] == "rl"  # the stage of a new run is None
-    if not resumed_in_stage_2:
+    # A run that was stopped in stage 2 has evaluated them already
+    has_begun_rl = run.state["stage"] == "rl"  # the stage of the last checkpoint; None: no one
+    if not has_begun_rl:
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))
         assess("random", policy, config, run)
@@ -789,8 +798,10 @@ def copy_folder(source, target):
     shutil.copytree(source, scratch, dirs_exist_ok=True)
     try:
         scratch.rename(target)
-    except OSError:  # another process was faster
+    except OSError:
         shutil.rmtree(scratch)
+        if not target.exists():  # else another process was faster
+            raise
 
 
 # -------------------------------------------------------------------------------------------------
@@ -821,8 +832,10 @@ class Run:
         self.signal = 0              # the number of the signal that asked the run to stop
         self.began = time.time()
         self.rows = []               # the lines of metrics.jsonl
+        self.last_step = 0           # of SFT, or of the environments in RL
         checkpoint = None
-        # stage: None before the first checkpoint, then "sft" or "rl"; metrics: bytes of the file
+        # stage: None before the first checkpoint, then "sft" or "rl"; metrics: the size in bytes of
+        # metrics.jsonl at the checkpoint
         state = {"stage": None, "metrics": 0}
 
         if rank() == 0:  # the other processes write nothing
@@ -852,7 +865,10 @@ class Run:
     def open_metrics(self, size):
         """Open metrics.jsonl, cut to `size` bytes: what came after the checkpoint will come
         again."""
-        self.metrics = open(self.out / "metrics.jsonl", "ab", buffering=0)
+        file = self.out / "metrics.jsonl"
+        if size and (not file.exists() or file.stat().st_size < size):
+            raise Refused(f"{file} has lost lines: begin a new run")
+        self.metrics = open(file, "ab", buffering=0)
         self.metrics.truncate(size)
         self.metrics.seek(0, os.SEEK_END)  # truncating leaves the position where it was
         self.rows = read_metrics(self.out)
@@ -873,7 +889,8 @@ class Run:
         (self.out / "checkpoint.tmp").unlink(missing_ok=True)  # a half one, if the disk is full
         self.metrics.close()
         self.lock.release()
-        if kind:  # stopped by a signal or an error
+        # Stopped by a signal, or by an error that may not come again
+        if kind and kind not in (Refused, FloatingPointError):
             starter = "python" if world_size() == 1 else "torchrun ..."
             print(f"go on with: {starter} {self.program} --resume {self.out}", file=sys.stderr)
 
@@ -900,7 +917,8 @@ class Run:
 
         prefix = row.get("policy", row["stage"])
         numbers = {f"{prefix}/{key}": x for key, x in row.items() if isinstance(x, (int, float))}
-        self.track(numbers, row.get("env_steps", row.get("step", 0)))
+        self.last_step = row.get("env_steps", row.get("step", self.last_step))
+        self.track(numbers, self.last_step)  # an evaluation stands at the step before it
 
     def checkpoint(self, stage, index, policy, optimizer, **state):
         """Save all that `restore` needs, under a number that grows; stop if a signal asked for
@@ -914,6 +932,7 @@ class Run:
                 "metrics": self.metrics.tell(),
                 "processes": [process_state for _, process_state in everyone],
             }
+            os.fsync(self.metrics.fileno())  # on the disk, as the checkpoint below
             content = serialize(tensors, {"state": json.dumps(header)})  # as safetensors
             digest = hashlib.sha256(content).hexdigest()[:16]
             scratch = self.out / "checkpoint.tmp"
@@ -984,7 +1003,7 @@ def random_states():
 def set_random_states(states):
     """Set the generators to what `random_states` returned.
 
-    If there was a GPU only then, or is one only now, the CPU's generator alone is set.
+    Without a GPU now, or without one then, only the CPU's generator is set.
     """
     torch.set_rng_state(torch.tensor(states[0], dtype=torch.uint8))
     if torch.cuda.is_available() and len(states) > 1:
@@ -994,9 +1013,6 @@ def set_random_states(states):
 def tracker(config, out):
     """A function (dict of numbers, step) that sends numbers to where --track says."""
     kind = getattr(config, "track", None)
-    if kind and not find_spec(kind):
-        raise Refused(f"--track {kind} needs a package: pip install {kind}")
-
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(out)
@@ -1009,7 +1025,7 @@ def tracker(config, out):
     if kind == "wandb":
         import wandb
         wandb_run = wandb.init(project="vlm-agents", name=out.name, dir=out, config=vars(config))
-        return lambda numbers, step: wandb_run.log(numbers | {"env_steps": step})
+        return lambda numbers, step: wandb_run.log(numbers | {"step": step})
 
     return lambda numbers, step: None
 
@@ -1061,7 +1077,7 @@ def memory_plan(policy, config):
 
     # The longest sequence: a prompt with its picture, then an answer
     num_tasks = len(config.env.split(","))
-    games = env.Games(config.env, num_tasks, 0, config.obs)
+    games = env.Games(config.env, num_tasks, seeds=0, obs=config.obs)
     questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
     inputs = policy.encode(games.images, questions)
     tokens = max(x["input_ids"].shape[1] for x in inputs) + config.max_new_tokens
@@ -1071,15 +1087,18 @@ def memory_plan(policy, config):
     largest_batch = max(config.minibatch, config.sft_batch) // world_size()
     microbatch = min(config.microbatch, largest_batch)
 
-    # What is trained: float32 weights, gradients, and two moments of Adam
-    trained = config.lora_rank * sum(m.in_features + m.out_features for m in linear)
+    # What is trained, in numbers of 4 bytes: PPO has the adapter's weights, their gradients and two
+    # moments of Adam. SFT may train every weight of the model; the weights are counted below.
+    adapter = config.lora_rank * sum(m.in_features + m.out_features for m in linear)
+    trained_bytes = 4 * 4 * adapter
     if not config.sft_lora:
-        trained = max(trained, model.num_parameters())  # SFT trains every weight
+        trained_bytes = max(trained_bytes, 3 * 4 * model.num_parameters())
 
     # Activations of a sample, in values. What is kept for the backward pass was measured: a token
     # keeps 36 * width values in each layer, and 24 * width outside of the layers. A patch of the
-    # picture keeps 30 * width in each vision layer. With checkpoints each layer keeps only its
-    # input; one layer at a time is there in full.
+    # picture keeps 30 * width in each vision layer.
+    # With gradient checkpointing, one layer at a time is there in full (36), and of each layer its
+    # input (1). The inputs of the vision layers are small, and left out.
     activations = tokens * width * (24 + 36 + layers)
     if not config.gradient_checkpointing:
         # Models name these differently; Qwen says depth, some give a patch's height and width
@@ -1100,12 +1119,12 @@ def memory_plan(policy, config):
     one_layer = tokens * 36 * width
 
     weights = model.get_memory_footprint()
-    if policy.head is not model.get_output_embeddings():  # a float32 copy of a bfloat16 layer
+    if policy.head is not model.get_output_embeddings():  # in bfloat16 the head has a float32 copy
         weights += policy.head.weight.nbytes
 
     parts = {
         "weights": weights,
-        "adapter and optimiser": 4 * 4 * trained,  # weight, gradient, two moments of 4 bytes each
+        "adapter and optimiser": trained_bytes,
         "KV cache and prompts": num_envs * (keys_and_values + one_layer) * bytes_per_value,
         "activations": microbatch * (activations * bytes_per_value + logit_bytes),
     }
@@ -1142,8 +1161,8 @@ def configure(argv):
         parser.set_defaults(drift_coef=0.0)  # without SFT there is nothing to stay near
     config = parser.parse_args(argv)
     if config.dtype is None:
-        large = preset == "paper" and config.device == "cuda"
-        config.dtype = "bfloat16" if large else "float32"
+        paper_on_cuda = preset == "paper" and config.device == "cuda"
+        config.dtype = "bfloat16" if paper_on_cuda else "float32"
 
     check(parser, config)
     if config.model != "tiny" and Path(config.model).is_dir():
@@ -1168,7 +1187,8 @@ def resume(parser, directory, argv):
     if getattr(kept, "project", None) != PROJECT_SETTINGS.get("project"):
         parser.error(f"{directory} is a run of {program_of(kept)}: go on with that")
 
-    # Every flag that is given must be as it was
+    # Every flag that is given must be as it was, but for those of another machine (device, dtype).
+    # --trust-remote-code is never taken from a file: each command must give it.
     parser.set_defaults(**vars(kept))
     args = parser.parse_args(argv)
     config = settings_of(args)
@@ -1180,8 +1200,9 @@ def resume(parser, directory, argv):
     if args.out or args.sweep or args.seeds or args.quick:
         parser.error("--resume goes without --out, --sweep, --seeds and --quick")
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
-        parser.error(f"the run was made on {config.device}, which is not there: "
+        parser.error(f"the run needs {config.device}, which is not there: "
                      "add --device cpu --dtype float32")
+    check(parser, config)  # the number of processes or the precision may be another
     return config, directory
 
 
@@ -1216,6 +1237,9 @@ def check(parser, config):
             parser.error("--policy cnn plays one task whose actions never change")
     if config.policy == "cnn" and config.drift_coef:
         parser.error("--drift-coef keeps answers near those of SFT: --policy cnn has none")
+    if getattr(config, "track", None) and not find_spec(config.track):
+        parser.error(f"--track {config.track} needs a package: pip install {config.track}")
+    check_settings(parser, config)
 
     # The machine and the numbers
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
@@ -1276,7 +1300,7 @@ def run_in(config, out):
     try:
         # `base` says with which weights the run begins. config.json keeps it for --resume.
         if getattr(config, "base", None) is None and config.policy == "vlm":
-            config.base = model_identity(config.model)
+            config.base = model_identity(config.model, config.trust_remote_code)
         weights = from_first_process(kept_weights(config, out))  # on all machines the same
         policy = build_policy(config, weights)
     except (OSError, ValueError) as error:
@@ -1360,7 +1384,7 @@ def sweep(args, argv):
         parser.error("--sweep needs --out")
     if args.quick:
         small = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50"
-        argv = small.split() + argv  # of a flag that comes twice the last one counts: the user's
+        argv = small.split() + argv  # if a flag comes twice, argparse takes the last: the user's
     parser.set_defaults(seed=None)
     has_seed = parser.parse_args(argv).seed is not None
     if has_seed or any(axis.startswith("seed=") for axis in args.sweep):
@@ -1388,7 +1412,7 @@ def sweep(args, argv):
             runs.setdefault(name, []).append(summary(read_metrics(folder), task))
 
     if rank() == 0:
-        command = f"python train.py {' '.join(sys.argv[1:])}"
+        command = f"python {program_of(config)} {' '.join(sys.argv[1:])}"
         text = sweep_table(runs, ",".join(seeds), command)
         (args.out / "table.md").write_text(text)
         (args.out / "table.json").write_text(json.dumps(runs, indent=1))
@@ -1400,7 +1424,8 @@ def train_once(parser, config, folder):
     """Train in `folder`, unless a finished run with the same settings is there."""
     if (folder / "config.json").exists():
         kept = read_config(folder, config.trust_remote_code)
-        if hasattr(kept, "base"):  # set only when a run begins (a CNN has none): no setting
+        # `base` is no setting: `run_in` adds it when a run begins (a CNN has none)
+        if hasattr(kept, "base"):
             config.base = kept.base
         if vars(kept) != vars(config):
             parser.error(f"{folder} has other settings: choose another --out")

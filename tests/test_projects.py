@@ -44,9 +44,13 @@ def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, tmp_pat
         assert load_run(tmp_path / "run", "sft")[0].head.beta == 0
 
 
-def test_a_wrong_flag_is_one_line(tmp_path):
-    done = short_run("ilql", tmp_path / "run", "--beta", "much")
+@pytest.mark.parametrize("name, flags", [
+    ("ilql", ["--beta", "much"]), ("ilql", ["--policy", "cnn"]), ("archer", ["--policy", "cnn"]),
+    ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"])])
+def test_a_wrong_flag_is_one_line_before_anything_is_written(name, flags, tmp_path):
+    done = short_run(name, tmp_path / "run", *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------

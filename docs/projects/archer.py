@@ -23,6 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
+from ppo import world_size  # noqa: E402
 
 
 def critic_losses(q1, q2, v, rewards, next_v, target_q, gamma, terminated):
@@ -110,7 +111,8 @@ class ArcherCollector(train.Collector):
         size = self.config.microbatch
         with self.policy.model.disable_adapter():
             for i in range(0, len(answers), size):
-                hidden, _, token_mask, is_cot = self.policy.read(answers[i: i + size])
+                read = self.policy.read(answers[i: i + size])
+                hidden, _, token_mask, is_cot = (x.cpu() for x in read)        # as the critic
                 is_action = token_mask & ~is_cot
                 is_action |= token_mask & ~is_action.any(1, keepdim=True)      # none: all tokens
                 weight = is_action / is_action.sum(1, keepdim=True)            # (N, L)
@@ -155,8 +157,14 @@ def add_settings(parser):
     train.setting(group, "--critic-lr", 3e-4, "learning rate of the critic", type=train.positive)
 
 
+def check_settings(parser, config):
+    if config.policy == "cnn" or world_size() > 1:
+        parser.error("archer.py plays with a language model, in one process")
+
+
 if __name__ == "__main__":
     train.Collector = ArcherCollector
     train.add_settings = add_settings
+    train.check_settings = check_settings
     train.PROJECT_SETTINGS.update(project="archer", value_coef=0.0)
     train.main()

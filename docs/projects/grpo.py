@@ -43,11 +43,6 @@ class GroupCollector(train.Collector):
     """Plays groups of episodes that begin alike, each to its end."""
 
     def __init__(self, policy, config):
-        if world_size() > 1 or "," in config.env:
-            raise train.Refused("grpo.py plays one task, in one process")
-        if config.num_envs % config.group_size:
-            raise train.Refused(f"--num-envs {config.num_envs} is not a multiple of "
-                                f"--group-size {config.group_size}")
         super().__init__(policy, config)
         self.num_groups = 0   # played so far
         self.surplus = 0      # steps that the rollouts so far have too many
@@ -151,9 +146,18 @@ def add_settings(parser):
     train.setting(group, "--group-size", 8, "episodes that begin alike", type=train.positive_int)
 
 
+def check_settings(parser, config):
+    if config.policy == "cnn" or "," in config.env or world_size() > 1:
+        parser.error("grpo.py plays one task with a language model, in one process")
+    if config.num_envs % config.group_size:
+        parser.error(f"--num-envs {config.num_envs} is not a multiple of "
+                     f"--group-size {config.group_size}")
+
+
 if __name__ == "__main__":
     train.Collector = GroupCollector
     train.add_settings = add_settings
+    train.check_settings = check_settings
     # Few environments: a rollout has at least an episode of each
     train.PROJECT_SETTINGS.update(project="grpo", value_coef=0.0, num_envs=32)
     train.main()

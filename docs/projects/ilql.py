@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from policy import VLMPolicy  # noqa: E402
+from ppo import world_size  # noqa: E402
 
 
 def ilql_losses(q, v, target_q, tokens, rewards, next_v, expectile):
@@ -71,7 +72,7 @@ class Policy(VLMPolicy):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.head = Steering(self.head)
+        self.head = Steering(self.head).to(self.head.weight.device)
 
     def save(self, directory):
         super().save(directory)
@@ -95,7 +96,7 @@ def demonstrations(policy, config):
     steps = []
     for _ in range(config.env_steps // config.num_envs):
         answers, actions = train.write_demonstrations(policy, games, rng, config)
-        hidden, _, _, _ = policy.read(answers)                                 # (N, L + 1, D)
+        hidden = policy.read(answers)[0].cpu()                                 # (N, L + 1, D)
 
         played = games.step(actions)
         ended = played["terminated"] | played["truncated"]
@@ -137,7 +138,8 @@ def reinforce(policy, config, run):
     for update in range(1, config.ilql_steps + 1):
         chosen = torch.randint(len(known), (64,)).tolist()
         columns = zip(*[token_steps(known[k], steps, config.gamma) for k in chosen])
-        hidden, next_hidden, tokens, rewards, discounts = (torch.cat(x) for x in columns)
+        hidden, next_hidden, tokens, rewards, discounts = (
+            torch.cat(column).to(heads.beta.device) for column in columns)
         with torch.no_grad():
             target_q = slow.q(slow.body(hidden)).gather(1, tokens[:, None])[:, 0]
             next_v = discounts * heads.v(next_hidden)[:, 0]
@@ -165,8 +167,14 @@ def add_settings(parser):
     train.setting(group, "--ilql-lr", 1e-3, "learning rate", type=train.positive)
 
 
+def check_settings(parser, config):
+    if config.policy == "cnn" or world_size() > 1:
+        parser.error("ilql.py learns with a language model, in one process")
+
+
 if __name__ == "__main__":
     train.reinforce = reinforce
     train.add_settings = add_settings
+    train.check_settings = check_settings
     train.PROJECT_SETTINGS.update(project="ilql")  # eval.py finds `Policy` by this name
     train.main()
