@@ -467,7 +467,7 @@ def draw_references(axes, task, settings):
         label = f"best possible {BOUNDS[task]:.2%}"
         axes.axhline(BOUNDS[task], ls=":", lw=1.2, color="black", label=label)
         at_least = "at least " if task == "points24" else ""  # see `BLIND`
-        label = f"best without looking: {at_least}{env.BLIND[task]:.2%}"
+        label = f"best without looking {at_least}{env.BLIND[task]:.2%}"
         axes.axhline(env.BLIND[task], ls=":", lw=1.2, color="#9a9a9a", label=label)
 
 
