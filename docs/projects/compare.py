@@ -34,7 +34,7 @@ def main():
     add("--env", default="numberline,ezpoints,blackjack", help="the games [%(default)s]")
     add("--methods", default=",".join(PROGRAMS), help="[%(default)s]")
     add("--seeds", default="1,2,3", help="[%(default)s]")
-    add("--eval-episodes", default="1000", help="[%(default)s]")
+    add("--eval-episodes", default="2000", help="[%(default)s]")
     add("--out", type=Path, required=True, help="folder for the runs, the table and the plot")
     args = parser.parse_args()
     if not set(args.methods.split(",")) <= set(PROGRAMS):
