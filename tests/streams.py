@@ -6,10 +6,12 @@
     python tests/streams.py DIR
 
 Another number of evaluation episodes shifts the random numbers of PPO: it is another run from the
-same SFT policy, whose weights are reused. DIR and all folders in it are searched for runs. A run's success rate is taken over a fifth of its
-rollouts at a time, a moving window: single rollouts have too few episodes. The fall is the rate of
-the best window minus that of the last one. The best of many windows is the best by chance, too, so
-a fall of a few points means nothing in Blackjack, where a fifth has about 1,500 episodes.
+same SFT policy, whose weights are reused. DIR and all folders in it are searched for runs.
+
+A run's success rate is taken over a fifth of its rollouts at a time, a moving window: single
+rollouts have too few episodes. The fall is the rate of the best window minus that of the last one.
+The best of many windows is the best by chance, too. So a fall of a few points means nothing in
+Blackjack, where a fifth has about 1,500 episodes.
 """
 import sys
 from pathlib import Path
@@ -32,7 +34,9 @@ def main():
         for file in sorted(folder.rglob("curve.png")):
             config = read_config(file.parent)
             rows = read_metrics(file.parent)
-            final = [row["success_rate"] for row in rows if row.get("policy") == "RL"][0]
+            if not any(row["stage"] == "rl" for row in rows):
+                continue  # ILQL samples nothing while it learns
+            final = [row["success_rate"] for row in rows if row.get("policy") in ("RL", "CNN + RL")][0]
             windows = window_rates([row for row in rows if row["stage"] == "rl"])
             runs.setdefault(config.env, []).append((config.seed, final, max(windows), windows[-1]))
 

@@ -70,7 +70,11 @@ def train(method, game, seed, eval_episodes, folder):
         command += ["--env", game, "--seed", seed, "--eval-episodes", eval_episodes,
                     "--out", folder]
     process = subprocess.Popen([str(part) for part in command])
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:  # the run was interrupted, too, and says how to go on
+        process.wait()
+        raise SystemExit(130) from None
     if status != 0:
         raise SystemExit(f"{method} on {game}, seed {seed}, failed")
     kilobytes = usage.ru_maxrss
