@@ -58,8 +58,8 @@ class Game(gym.Env):
 
     name           the task's name, a key of GAMES (str)
     actions        all actions (tuple of str). If the legal ones change at each step, the subclass
-                   also writes the method legal_actions(), and only the length of `actions` counts:
-                   never may more be legal
+                   also writes the method legal_actions(). Then only the length of `actions` counts:
+                   it is the largest number of actions that are ever legal at a time
     saved          the names of the attributes that make up an episode (tuple of str). A checkpoint
                    keeps them as JSON: int, float, bool, str, None, and lists and dicts of these.
                    All other attributes that deal() sets must begin with "_"; they are not kept.

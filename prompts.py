@@ -218,7 +218,7 @@ def demonstration(info, action, style="full"):
 # The parser f: from the text of an answer to a legal action
 
 # In these patterns {QUOTES} is any quote, and {{0,9}} allows up to nine spaces. (Without a limit, a
-# text of n spaces would cost n * n steps.) A brace is written twice, because these are f-strings.
+# text of n spaces would cost n * n steps.) In an f-string (rf"...") a brace is written twice.
 # (?<=[{,]) means: just before stands { or a comma.
 QUOTES = "\"'`\u201c\u201d\u2018\u2019"
 QUOTED_KEY = re.compile(rf"[{QUOTES}]action[{QUOTES}]\s{{0,9}}:", re.IGNORECASE)

@@ -445,7 +445,7 @@ class Collector:
                 success_rate = np.mean([success for success, _ in episodes])
                 progress.set_postfix(success=f"{success_rate:.1%}", refresh=False)
 
-        self.rescore(answers)  # in bfloat16 alone
+        self.rescore(answers)  # changes them in place; float32 does not need it
 
         values = self.grid([answer.value for answer in answers])               # (T, N)
         truncated = torch.tensor(np.array(truncated))                          # (T, N)
@@ -651,7 +651,7 @@ def train(policy, config, run, weights=None):
         copy_folder(weights, run.out / "sft")
 
     # A run that was stopped in stage 2 has evaluated them already
-    has_begun_rl = run.state["stage"] == "rl"  # the stage of the last checkpoint; None: no one
+    has_begun_rl = run.state["stage"] == "rl"  # the last checkpoint's; None: there is none
     if not has_begun_rl:
         # Seed again, so that random numbers do not depend on whether SFT ran or was loaded
         torch.manual_seed(process_seed(config))
