@@ -1332,7 +1332,7 @@ def describe(policy, config, out, weights, needed, parts):
         place += f", {world_size()} processes"
     say(f"{config.env}: {name} ({sum(sizes) / 1e6:.1f} M parameters) on {place}; into {out}")
     memory = ", ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
-    say(f"memory expected: {needed:.1f} GB ({memory})")
+    say(f"memory expected: {needed:.1f} GB ({memory}); Python and its libraries take 0.6 GB more")
     if weights is not None and weights != out / "sft":
         say(f"SFT: weights reused from {weights}")
 

@@ -29,6 +29,7 @@ import env
 import policy as policy_module
 import prompts
 import train
+from docs.projects import smollm
 from policy import VLMPolicy, load_model, load_run
 from ppo import Rollout, ppo_update
 
@@ -224,8 +225,17 @@ def internvl():
     return tf.InternVLForConditionalGeneration(config), processor
 
 
+def smollm_llava():
+    words = tokenizer("byte-level", "<|im_start|>", "<|im_end|>")
+    words.eos_token = "<|im_end|>"  # the end of a turn of the chat
+    sizes = TEXT | {"eos_token_id": words.eos_token_id}
+    config = tf.LlamaConfig(**sizes, vocab_size=len(words), tie_word_embeddings=True)
+    return smollm.build(tf.LlamaForCausalLM(config), words)
+
+
 FAMILIES = {
     "llava": llava, "llava_next": llava_next, "idefics3": idefics3, "gemma3": gemma3, "qwen": qwen,
+    "smollm": smollm_llava,
 }
 if find_spec("torchvision"):  # their processors import it
     FAMILIES |= {"qwen_whole": qwen_whole, "internvl": internvl}
