@@ -161,9 +161,9 @@ def reinforce(policy, config, run):
 def add_settings(parser):
     group = parser.add_argument_group("ILQL")
     train.setting(group, "--beta", 4.0, "weight of Q - V", type=train.positive)
-    train.setting(group, "--expectile", 0.8, "of V; 0.5: the mean", type=train.fraction)
-    train.setting(group, "--conservative-coef", 0.01, "its weight", type=train.not_negative)
-    train.setting(group, "--ilql-steps", 2000, "of the optimiser", type=train.positive_int)
+    train.setting(group, "--expectile", 0.95, "of V; 0.5: the mean", type=train.fraction)
+    train.setting(group, "--conservative-coef", 1.0, "its weight", type=train.not_negative)
+    train.setting(group, "--ilql-steps", 3000, "of the optimiser", type=train.positive_int)
     train.setting(group, "--ilql-lr", 1e-3, "learning rate", type=train.positive)
 
 
