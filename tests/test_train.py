@@ -235,6 +235,9 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path, capsys):
     error = error_line(capsys, "--resume", tmp_path / "run", "--lr", "0.5")
     assert "--lr 0.5" in error and "0.0004" in error
     assert "no run" in error_line(capsys, "--resume", tmp_path)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"env": "gone"}))
+    assert "--env is one of" in error_line(capsys, "--resume", tmp_path / "run")
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path, capsys):
@@ -255,6 +258,7 @@ def test_metrics_end_where_the_checkpoint_says_however_often_a_run_goes_on(tmp_p
         with train.Run(tmp_path, config) as run:
             run.checkpoint("sft", index, policy, optimizer, step=index)  # before anything is logged
             assert [row["step"] for row in run.rows] == [1]
+            assert run.last_step == 1  # where a tracker puts the next evaluation
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys, monkeypatch):

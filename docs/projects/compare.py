@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def main():
     if not set(args.methods.split(",")) <= set(PROGRAMS):
         parser.error(f"--methods are {', '.join(PROGRAMS)}, with commas between them")
 
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which ends this, too
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {}  # (game, method) -> `summary` of each seed
     for game in args.env.split(","):
@@ -51,14 +53,15 @@ def main():
                 run = summary(read_metrics(folder), game) | learning_cost(folder)
                 runs.setdefault((game, method), []).append(run)
 
-    text = table(runs, args)
+    text = table(runs, args.seeds)
     (args.out / "compare.md").write_text(text)
+    print(text)
     named = {}
     for (game, method), seeds in runs.items():
         if seeds[0]["curve"]:  # ILQL samples nothing while it learns
             named[f"{game}, {method}"] = seeds
-    plot(named).savefig(args.out / "compare.png", dpi=110)
-    print(text)
+    if named:
+        plot(named).savefig(args.out / "compare.png", dpi=110)
 
 
 def train(method, game, seed, eval_episodes, folder):
@@ -70,13 +73,9 @@ def train(method, game, seed, eval_episodes, folder):
         command += ["--env", game, "--seed", seed, "--eval-episodes", eval_episodes,
                     "--out", folder]
     process = subprocess.Popen([str(part) for part in command])
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:  # the run was interrupted, too, and says how to go on
-        process.wait()
-        raise SystemExit(130) from None
+    _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        raise SystemExit(f"{method} on {game}, seed {seed}, failed")
+        raise SystemExit(f"{method} on {game}, seed {seed}, was stopped, or failed")
     kilobytes = usage.ru_maxrss
     (folder / "memory.json").write_text(json.dumps({"gb": kilobytes * 1024 / 1e9}))
 
@@ -95,7 +94,7 @@ def learning_cost(folder):
     return {"learning_seconds": seconds["end"] - seconds["begin"], "gb": gigabytes}
 
 
-def table(runs, args):
+def table(runs, seeds_named):
     """A row for each game and method; text in Markdown."""
     text = "| game, method | SFT | trained | illegal | seconds | memory |\n"
     text += "|---|---|---|---|---|---|\n"
@@ -107,7 +106,9 @@ def table(runs, args):
         gigabytes = max(run["gb"] for run in seeds)  # the largest peak
         text += (f"| {game}, {method} | {sft} | {rl} | {illegal:.1f} % | {seconds:.0f} "
                  f"| {gigabytes:.1f} GB |\n")
-    text += f"\nSuccess on {args.eval_episodes} episodes; mean of seeds {args.seeds} (each). "
+    episodes = sorted({run["RL"]["episodes"] for seeds in runs.values() for run in seeds})
+    text += f"\nSuccess on {' or '.join(map(str, episodes))} episodes; "
+    text += f"mean of seeds {seeds_named} (each). "
     return text + "Seconds: from the SFT policy to the trained one, on a shared machine.\n"
 
 

@@ -10,6 +10,7 @@ How it differs from ppo.py:
    and V. Only the action is a choice, so values skip all tokens without one. After an action token
    follows V of the next state, after a thought V of the action's first token.
 3. The agent samples from the logits of SFT + beta (Q - V). There is no adapter and no lambda.
+It writes no checkpoints of its own: `--resume` begins again after SFT.
 """
 import copy
 import sys
@@ -152,6 +153,8 @@ def reinforce(policy, config, run):
         with torch.no_grad():
             for old, new in zip(slow.parameters(), heads.parameters()):
                 old.lerp_(new, 0.02)
+        if run.signal:
+            raise SystemExit(128 + run.signal)  # stopped by Ctrl-C
         if update % 100 == 0 or update == config.ilql_steps:
             run.log(stage="ilql", step=update, q_loss=q_loss.item(), v_loss=v_loss.item(),
                     conservative=conservative.item())
