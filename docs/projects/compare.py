@@ -56,12 +56,15 @@ def main():
     text = table(runs, args.seeds)
     (args.out / "compare.md").write_text(text)
     print(text)
-    named = {}
+    curves = {}
     for (game, method), seeds in runs.items():
         if seeds[0]["curve"]:  # ILQL samples nothing while it learns
-            named[f"{game}, {method}"] = seeds
-    if named:
-        plot(named).savefig(args.out / "compare.png", dpi=110)
+            curves[f"{game}, {method}"] = seeds
+    if curves:
+        figure = plot(curves)
+        for axes in figure.axes:
+            draw_levels(axes, runs)
+        figure.savefig(args.out / "compare.png", dpi=110)
 
 
 def train(method, game, seed, eval_episodes, folder):
@@ -92,6 +95,17 @@ def learning_cost(folder):
     if (folder / "memory.json").exists():
         gigabytes = json.loads((folder / "memory.json").read_text())["gb"]
     return {"learning_seconds": seconds["end"] - seconds["begin"], "gb": gigabytes}
+
+
+def draw_levels(axes, runs):
+    """Add dashed lines to a game's panel: the SFT policy, and trained ones that have no curve."""
+    for (game, method), seeds in runs.items():
+        if game == axes.get_title() and not seeds[0]["curve"]:
+            sft = np.mean([run["SFT"]["success_rate"] for run in seeds])
+            trained = np.mean([run["RL"]["success_rate"] for run in seeds])
+            axes.axhline(sft, ls="--", lw=1.2, color="tab:brown", label=f"SFT {sft:.1%}")
+            axes.axhline(trained, ls="--", lw=1.2, color="tab:red", label=f"{method} {trained:.1%}")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def table(runs, seeds_named):
