@@ -127,8 +127,7 @@ def test_a_cnn_trains_without_language_and_is_evaluated_again(tmp_path, capsys, 
     assert json.loads(capsys.readouterr().out)["success_rate"] == rows["CNN + RL"]["success_rate"]
 
 
-def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prompts, "corpus", partial(prompts.corpus, episodes=10))
+def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsys):
     line = [*QUICK[:-2], "--env", "numberline", "--sweep", "cot-scale=1", "ratio=token", "--seeds", "0,1", "--out", str(tmp_path)]
     train.main(line)
     table = (tmp_path / "table.md").read_text()
