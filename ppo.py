@@ -139,8 +139,8 @@ def drift_from_sft(new, old):
     Why a square? Its gradient is x * grad log p. The KL divergence is the mean of x over samples of
     p, and its gradient is the mean of (x + 1) * grad log p. The 1 adds nothing, because the mean of
     grad log p is 0 (probabilities always sum to 1). So the two gradients are the same on average.
-    This is exact where x is of the thoughts alone. It is an approximation for illegal actions, which
-    are a part of the samples, and because the samples are of the policy before the update.
+    This is exact where x is of the thoughts alone. It is an approximation for illegal actions, as
+    they are a part of the samples, and because the samples are of the policy before the update.
 
     Why a straight line? For texts that SFT would almost never write, x is 100 or more. With
     x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
