@@ -832,7 +832,6 @@ class Run:
         self.signal = 0              # the number of the signal that asked the run to stop
         self.began = time.time()
         self.rows = []               # the lines of metrics.jsonl
-        self.last_step = 0           # of SFT, or of the environments in RL
         checkpoint = None
         # stage: None before the first checkpoint, then "sft" or "rl"; metrics: the size in bytes of
         # metrics.jsonl at the checkpoint
@@ -872,8 +871,6 @@ class Run:
         self.metrics.truncate(size)
         self.metrics.seek(0, os.SEEK_END)  # truncating leaves the position where it was
         self.rows = read_metrics(self.out)
-        for row in self.rows:
-            self.last_step = row.get("env_steps", row.get("step", self.last_step))
         if self.rows:
             self.began -= self.rows[-1]["seconds"]
 
@@ -906,6 +903,16 @@ class Run:
         """Seconds of training so far, those before a resume included."""
         return time.time() - self.began
 
+    @property
+    def last_step(self):
+        """The newest step in metrics.jsonl: of SFT, or of the environments in RL; 0 if none."""
+        for row in reversed(self.rows):
+            if "env_steps" in row:
+                return row["env_steps"]
+            if "step" in row:
+                return row["step"]
+        return 0
+
     def log(self, **row):
         """Add a line to metrics.jsonl."""
         if rank() > 0:
@@ -919,7 +926,6 @@ class Run:
 
         prefix = row.get("policy", row["stage"])
         numbers = {f"{prefix}/{key}": x for key, x in row.items() if isinstance(x, (int, float))}
-        self.last_step = row.get("env_steps", row.get("step", self.last_step))
         self.track(numbers, self.last_step)  # an evaluation stands at the step before it
 
     def checkpoint(self, stage, index, policy, optimizer, **state):
@@ -1336,7 +1342,7 @@ def describe(policy, config, out, weights, needed, parts):
         place += f", {world_size()} processes"
     say(f"{config.env}: {name} ({sum(sizes) / 1e6:.1f} M parameters) on {place}; into {out}")
     memory = ", ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
-    say(f"memory expected: {needed:.1f} GB ({memory}); Python and its libraries take 0.6 GB more")
+    say(f"memory expected: {needed:.1f} GB, without Python and its libraries ({memory})")
     if weights is not None and weights != out / "sft":
         say(f"SFT: weights reused from {weights}")
 

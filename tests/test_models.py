@@ -225,12 +225,17 @@ def internvl():
     return tf.InternVLForConditionalGeneration(config), processor
 
 
-def smollm_llava():
+def chat_llama():
+    """(language model, tokenizer) of the kind that docs/projects/smollm.py builds a LLaVA around."""
     words = tokenizer("byte-level", "<|im_start|>", "<|im_end|>")
     words.eos_token = "<|im_end|>"  # the end of a turn of the chat
     sizes = TEXT | {"eos_token_id": words.eos_token_id}
     config = tf.LlamaConfig(**sizes, vocab_size=len(words), tie_word_embeddings=True)
-    return smollm.build(tf.LlamaForCausalLM(config), words)
+    return tf.LlamaForCausalLM(config), words
+
+
+def smollm_llava():
+    return smollm.build(*chat_llama())
 
 
 FAMILIES = {

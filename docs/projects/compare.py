@@ -19,7 +19,16 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from eval import mean_and_each, plot, read_metrics, summary  # noqa: E402
+import env  # noqa: E402
+from eval import (  # noqa: E402
+    REFERENCES,
+    mean_and_each,
+    natural_int,
+    plot,
+    positive_int,
+    read_metrics,
+    summary,
+)
 
 PROGRAMS = {
     "ppo": "train.py",
@@ -34,12 +43,14 @@ def main():
     add = parser.add_argument
     add("--env", default="numberline,ezpoints,blackjack", help="the games [%(default)s]")
     add("--methods", default=",".join(PROGRAMS), help="[%(default)s]")
-    add("--seeds", default="1,2,3", help="[%(default)s]")
-    add("--eval-episodes", default="2000", help="[%(default)s]")
+    add("--seeds", type=seed_list, default="1,2,3", help="[%(default)s]")
+    add("--eval-episodes", type=positive_int, default=2000, help="[%(default)s]")
     add("--out", type=Path, required=True, help="folder for the runs, the table and the plot")
     args = parser.parse_args()
     if not set(args.methods.split(",")) <= set(PROGRAMS):
         parser.error(f"--methods are {', '.join(PROGRAMS)}, with commas between them")
+    if not set(args.env.split(",")) <= set(env.GAMES):
+        parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
 
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which ends this, too
     args.out.mkdir(parents=True, exist_ok=True)
@@ -65,6 +76,13 @@ def main():
         for axes in figure.axes:
             draw_levels(axes, runs)
         figure.savefig(args.out / "compare.png", dpi=110)
+
+
+def seed_list(text):
+    """The text of --seeds as it is, once each part is a seed."""
+    for part in text.split(","):
+        natural_int(part)
+    return text
 
 
 def train(method, game, seed, eval_episodes, folder):
@@ -99,13 +117,18 @@ def learning_cost(folder):
 
 def draw_levels(axes, runs):
     """Add dashed lines to a game's panel: the SFT policy, and trained ones that have no curve."""
-    for (game, method), seeds in runs.items():
-        if game == axes.get_title() and not seeds[0]["curve"]:
-            sft = np.mean([run["SFT"]["success_rate"] for run in seeds])
-            trained = np.mean([run["RL"]["success_rate"] for run in seeds])
-            axes.axhline(sft, ls="--", lw=1.2, color="tab:brown", label=f"SFT {sft:.1%}")
-            axes.axhline(trained, ls="--", lw=1.2, color="tab:red", label=f"{method} {trained:.1%}")
+    methods = {method: seeds for (game, method), seeds in runs.items() if game == axes.get_title()}
+    draw_level(axes, "SFT", "SFT", next(iter(methods.values())))
+    for method, seeds in methods.items():
+        if not seeds[0]["curve"]:
+            draw_level(axes, method, "RL", seeds)
     axes.legend(frameon=False, fontsize=8)
+
+
+def draw_level(axes, label, policy, seeds):
+    """Draw the mean success rate of an evaluated policy as a dashed line."""
+    mean = np.mean([run[policy]["success_rate"] for run in seeds])
+    axes.axhline(mean, ls="--", lw=1.2, color=REFERENCES[policy], label=f"{label} {mean:.1%}")
 
 
 def table(runs, seeds_named):

