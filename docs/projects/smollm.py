@@ -11,7 +11,7 @@ No model hub is needed. A LLaVA is made of five parts, and `build` puts them tog
 4. a tokenizer that knows the token `<image>`;
 5. a chat template, which says how a user's message is written down.
 
-Parts 3 and 4 are pretrained. Parts 1 and 2 have random weights: they must learn to see.
+Parts 3 and 4 are pretrained. Parts 1 and 2 are random and cannot see yet, hence --obs text.
 """
 import argparse
 import sys
@@ -45,7 +45,7 @@ def read_language_model(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     language_model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=WEIGHTS, dtype=torch.float32)
-    del language_model.config.quantization_config  # the weights have 4 bits no more
+    del language_model.config.quantization_config  # the weights are 4-bit no longer
     return language_model, tokenizer
 
 
@@ -55,13 +55,13 @@ def build(language_model, tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
-    # A picture of 100 x 100 pixels is cut into 25 patches, about one for each card
+    # A picture of 100 x 100 pixels is cut into 25 patches, each about as large as a card
     vision_config = CLIPVisionConfig(
         hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         image_size=100, patch_size=20)
     image_processor = CLIPImageProcessorPil(
         size={"height": 100, "width": 100}, do_center_crop=False)
-    # CLIP puts one additional token before its patches; the strategy "default" leaves it out
+    # CLIP puts one token before its patches: counted here, left out by the strategy "default"
     processor = LlavaProcessor(
         image_processor, tokenizer, patch_size=20, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
@@ -70,7 +70,7 @@ def build(language_model, tokenizer):
     config = LlavaConfig(
         vision_config=vision_config, text_config=language_model.config,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,   # the tower's last
+        vision_feature_layer=-1,   # the tower's last layer
         tie_word_embeddings=True)  # the head that predicts tokens has the embeddings' weights
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
