@@ -35,8 +35,7 @@ import torch.distributed as dist
 import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -740,7 +739,7 @@ def finish(config, run):
 # -------------------------------------------------------------------------------------------------
 # SFT weights that are kept. The method does not need it.
 
-SFT_VERSION = 2  # to be raised when SFT, the demonstrations or the built-in model change
+SFT_VERSION = 2  # to be raised when the code of SFT or of the built-in model changes
 
 
 def sft_cache(config, out):
@@ -757,12 +756,28 @@ def sft_cache(config, out):
     settings["base"] = getattr(config, "base", None)  # see `model_identity`; a CNN has none
     settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
+    settings["demonstrations"] = digest_of_demonstrations(config)
     if "alfworld" in config.env:
         settings["engine"] = config.alfworld
         settings["data"] = os.environ.get("ALFWORLD_DATA")
 
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return out.parent / "sft-cache" / f"{config.env}-{digest}"
+
+
+def digest_of_demonstrations(config):
+    """A short text that changes when the games, the prompts or the thoughts of SFT do."""
+    num_tasks = len(config.env.split(","))
+    games = env.Games(config.env, 4 * num_tasks, env.episode_seeds("sft", 0), config.obs)
+    digest = hashlib.sha256()
+    for _ in range(8):  # steps, so that later states come in as well
+        digest.update(games.images.tobytes())
+        actions = [env.expert_action(info) for info in games.infos]
+        for info, action in zip(games.infos, actions):
+            digest.update(prompts.build_prompt(info, config.prompt).encode())
+            digest.update(prompts.demonstration(info, action, config.prompt).encode())
+        games.step(actions)
+    return digest.hexdigest()[:12]
 
 
 def kept_weights(config, out):
@@ -941,13 +956,11 @@ class Run:
                 "processes": [process_state for _, process_state in everyone],
             }
             os.fsync(self.metrics.fileno())  # on the disk, as the checkpoint below
-            content = serialize(tensors, {"state": json.dumps(header)})  # as safetensors
-            digest = hashlib.sha256(content).hexdigest()[:16]
             scratch = self.out / "checkpoint.tmp"
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
+            save_file(tensors, scratch, {"state": json.dumps(header)})  # without a copy in memory
+            with scratch.open("rb+") as file:
                 os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
             scratch.rename(self.out / f"checkpoint-{index:07}-{digest}.safetensors")
             for old in sorted(self.out.glob(self.pattern))[:-2]:
                 old.unlink()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -350,6 +351,16 @@ def test_a_sweep_checks_all_settings_before_the_first_run(flags, words, tmp_path
         train.main(line)
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("obs", ["image", "text"])
+def test_other_thoughts_get_other_sft_weights(obs, tmp_path, monkeypatch):
+    config, out = train.configure(["--env", "numberline", "--obs", obs, "--out", str(tmp_path / "run")])
+    name = train.sft_cache(config, out)
+    assert train.sft_cache(config, out) == name
+    other = replace(prompts.TASKS["numberline"], thoughts=lambda info: "something else")
+    monkeypatch.setitem(prompts.TASKS, "numberline", other)
+    assert train.sft_cache(config, out) != name
 
 
 def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, capsys):
