@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import env
 import eval as eval_module
+import prompts
 import test_models
 import train
-from docs.projects import archer, compare, grpo, ilql, smollm
+from docs.projects import archer, compare, grpo, ilql, seeing, smollm
 from policy import build_policy, load_model, load_run
 
 torch.set_num_threads(1)
@@ -59,7 +61,8 @@ def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, short_r
 
 @pytest.mark.parametrize("name, flags", [
     ("ilql", ["--beta", "much"]), ("ilql", ["--policy", "cnn"]), ("archer", ["--policy", "cnn"]),
-    ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"])])
+    ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"]), ("seeing", ["--obs", "text"]),
+    ("seeing", ["--prompt", "action"])])
 def test_a_wrong_flag_is_one_line_before_anything_is_written(name, flags, short_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         short_run(name, tmp_path / "run", *flags)
@@ -146,6 +149,58 @@ def test_untrained_steering_is_the_sft_policy_and_a_trained_one_prefers_large_q(
     steering.q.bias.data = torch.tensor([0.0, 1.0, 0.0])
     change = (steering(hidden) - head(hidden))                                 # (2, 3)
     torch.testing.assert_close(change[:, 1] - change[:, 0], torch.full((2,), 2.0))
+
+
+# -------------------------------------------------------------------------------------------------
+# Does RL improve seeing?
+
+
+def test_a_right_answer_is_read_as_right():
+    rng = np.random.default_rng(0)
+    games = env.Games("ezpoints", 40, 0, "text")
+    for _ in range(3):
+        for info in games.infos:
+            said = eval_module.read_fields(prompts.demonstration(info, "="))
+            assert seeing.numbers_in_field(said) == seeing.numbers_in_thoughts(said) == seeing.numbers_on_cards(info)
+            if info["formula"]:
+                assert seeing.entry_in_field(said) == seeing.last_entry(info)
+        games.step([str(rng.choice(info["legal_actions"])) for info in games.infos])
+
+
+def test_answers_that_say_nothing_are_read_as_wrong():
+    for said in ({}, {"cards": "3", "thoughts": "none", "formula": ""}, {"cards": ["X", "3"], "thoughts": "3 4"}):
+        assert seeing.numbers_in_field(said) is None and seeing.numbers_in_thoughts(said) is None
+        assert seeing.entry_in_field(said | {"formula": ""}) is None
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_else():
+    hidden, test_hidden = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0))
+    truth = [["low", "high"][int(x > 0)] for x in hidden[:, 3]]
+    guesses = seeing.probe(hidden, truth, test_hidden)
+    assert np.mean([guess == ["low", "high"][int(x > 0)] for guess, x in zip(guesses, test_hidden[:, 3])]) > 0.9
+    luck = ["low", "high"] * 150
+    assert 0.35 < np.mean([guess == other for guess, other in zip(seeing.probe(hidden, luck, test_hidden), luck)]) < 0.65
+
+
+def test_a_sweep_reads_before_and_after_rl_and_changes_no_training(tmp_path, monkeypatch, capsys):
+    line = ["--env", "ezpoints", *QUICK.split()[:-2], "--sweep", "sft-steps=3", "--seeds", "3"]
+    train.main([*line, "--out", str(tmp_path / "plain")])
+
+    monkeypatch.setattr(seeing, "PROBE_STATES", 24)
+    monkeypatch.setattr(seeing, "TEST_STATES", 16)
+    monkeypatch.setattr(train, "Collector", seeing.ReadingCollector)
+    train.main([*line, "--out", str(tmp_path / "read")])
+    seeing.report(train.make_parser().parse_args([*line, "--out", str(tmp_path / "read")]))
+    assert (tmp_path / "read/seeing.png").stat().st_size > 0
+    table = (tmp_path / "read/seeing.md").read_text().splitlines()
+    assert [row.split(" |")[0] for row in table[2:]] == [f"| sft-steps 3, {which}" for which in ("untrained", "sft", "rl")]
+
+    rows = {}
+    for name in ("plain", "read"):
+        kept = (tmp_path / name / "sft-steps-3-seed3/metrics.jsonl").read_text().splitlines()
+        rows[name] = [{key: value for key, value in json.loads(row).items() if "seconds" not in key and ", " not in key} for row in kept]
+    assert rows["plain"] == rows["read"]
+    assert sum("cards, field" in row for row in map(json.loads, kept)) == 1  # the first of two rollouts
 
 
 # -------------------------------------------------------------------------------------------------
