@@ -756,7 +756,8 @@ def sft_cache(config, out):
     settings["base"] = getattr(config, "base", None)  # see `model_identity`; a CNN has none
     settings["versions"] = [SFT_VERSION, torch.__version__, transformers.__version__]
     settings["processes"] = world_size()
-    settings["demonstrations"] = digest_of_demonstrations(config)
+    if config.alfworld == "text":  # to start THOR's simulator would take too long
+        settings["demonstrations"] = digest_of_demonstrations(config)
     if "alfworld" in config.env:
         settings["engine"] = config.alfworld
         settings["data"] = os.environ.get("ALFWORLD_DATA")
