@@ -1,11 +1,12 @@
-"""Does RL improve what the model reads? EZPoints, after an SFT that is too short.
+r"""Does RL improve what the model reads? EZPoints, after an SFT that is too short.
 
-    python docs/projects/seeing.py --sweep sft-steps=120,160,200 --seeds 1,2,3 --out runs/seeing
+    python docs/projects/seeing.py --sweep sft-steps=120,160,200 --seeds 1,2,3 \
+        --eval-episodes 500 --out runs/seeing
 
 After a whole SFT the model reads nearly every card, and nothing is left to improve. So here SFT is
-short, and RL trains as ever. The numbers of both cards are read in three ways:
+short, and RL is unchanged. The numbers of both cards are read in three ways:
 1. from the field "cards" of the answer;
-2. from the thoughts, which the action follows;
+2. from its thoughts, which stand between the fields and the action;
 3. by a probe: a linear classifier of the hidden state that the value head reads. It learns from 300
    states, and tells what such a classifier can find there, whether the answer says it or not.
 The last entry of the formula is read from the field "formula" and by a probe, too. The prompt tells
@@ -67,54 +68,66 @@ def entry_in_field(fields):
     return entries[-1] if entries else None
 
 
-# Of the cards: at the beginning of an episode, before the formula tells which cards are there
+# What is read: the truth, and functions that find it in the fields of an answer. Cards are read in
+# first states of episodes only: later the formula tells which cards are there.
 READINGS = {
     "cards": (numbers_on_cards, {"field": numbers_in_field, "thoughts": numbers_in_thoughts}),
     "entry": (last_entry, {"field": entry_in_field}),
 }
 COLUMNS = ["cards, field", "cards, thoughts", "cards, probe", "entry, field", "entry, probe"]
+EACH_PAIR_ALIKE = "cards, field, mean over pairs"  # in the table only
 
 # -------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def measure(policy, config):
-    """The share of test states that are read correctly: dict of a column's name -> share.
-
-    Answers are the likeliest ones. (So RL does not seem to read better by being surer.)
-    """
+    """The share of test states that are read correctly: dict of a column's name -> share."""
     shares = {}
+    # Almost always the likeliest token: RL shall not seem to read better by being surer
     temperature, policy.temperature = policy.temperature, 0.01
     with torch.random.fork_rng():  # the training goes on as if nothing happened
         torch.manual_seed(0)
-        for subject, (truth_of, sayings) in READINGS.items():
+        for subject, (truth_of, readers) in READINGS.items():
             in_episode = subject == "entry"
-            states = visit(policy, config, "sft", PROBE_STATES, in_episode, truth_of)
-            tests = visit(policy, config, "evaluation", TEST_STATES, in_episode, truth_of, True)
+            probe_states = visit(policy, config, "sft", PROBE_STATES, in_episode, truth_of)
+            tests = visit(policy, config, "evaluation", TEST_STATES, in_episode, truth_of,
+                          sample_answers=True)
             truths = tests["truths"]
-            for name, said_in in sayings.items():
-                said = [said_in(read_fields(answer.text)) for answer in tests["answers"]]
-                shares[f"{subject}, {name}"] = share_equal(said, truths)
-            guesses = probe(states["hidden"], states["truths"], tests["hidden"])
+            for name, reader in readers.items():
+                found = [reader(read_fields(answer.text)) for answer in tests["answers"]]
+                shares[f"{subject}, {name}"] = share_equal(found, truths)
+                if name == "field" and subject == "cards":
+                    shares[EACH_PAIR_ALIKE] = mean_over_truths(found, truths)
+            guesses = probe(probe_states["hidden"], probe_states["truths"], tests["hidden"])
             shares[f"{subject}, probe"] = share_equal(guesses, truths)
     policy.temperature = temperature
     return shares
 
 
-def share_equal(said, truths):
-    return float(np.mean([one == other for one, other in zip(said, truths, strict=True)]))
+def share_equal(found, truths):
+    return float(np.mean([one == other for one, other in zip(found, truths, strict=True)]))
+
+
+def mean_over_truths(found, truths):
+    """The share for each truth, then their mean: a frequent truth counts as much as a rare one."""
+    shares = []
+    for truth in set(map(tuple, truths)):
+        of_this = [one for one, other in zip(found, truths, strict=True) if tuple(other) == truth]
+        shares.append(np.mean([one == list(truth) for one in of_this]))
+    return float(np.mean(shares))
 
 
 @torch.no_grad()
-def visit(policy, config, purpose, count, in_episode, truth_of, sample_answers=False):
-    """Visit `count` states, the same in every call with the same `purpose`. Returns a dict:
+def visit(policy, config, stream, count, in_episode, truth_of, sample_answers=False):
+    """Visit `count` states, the same in every call with the same `stream`. Returns a dict:
 
     hidden (count, D): of the prompts' last tokens; truths: a list; answers: a list of `Answer`.
     in_episode: False: first states of episodes; True: later states of half-random play.
     """
     num_games = min(config.num_envs, count)
     rng = np.random.default_rng(0)
-    seeds = env.episode_seeds(purpose, 1_000_000)  # no training has this seed
+    seeds = env.episode_seeds(stream, 1_000_000)  # deals of a seed that no training has
     games = env.Games("ezpoints", num_games, seeds, config.obs)
     hidden = []
     truths = []
@@ -136,6 +149,7 @@ def visit(policy, config, purpose, count, in_episode, truth_of, sample_answers=F
             if rng.random() < 0.5:
                 action = str(rng.choice(info["legal_actions"]))
             actions.append(action)
+        # For first states only, deal all games anew
         games.step(actions, restart=np.full(num_games, not in_episode))
     return {"hidden": torch.cat(hidden)[:count], "truths": truths[:count],
             "answers": answers[:count]}
@@ -161,7 +175,7 @@ def probe(hidden, truths, test_hidden):
         value.backward()
         return value
 
-    optimizer.step(loss)
+    optimizer.step(loss)  # LBFGS calls it many times
     with torch.no_grad():
         guesses = linear((test_hidden - mean) / deviation).argmax(1)           # (M,)
     return [json.loads(classes[guess]) for guess in guesses]
@@ -194,7 +208,8 @@ class ReadingCollector(train.Collector):
 
 def report(args):
     """Write seeing.md and seeing.png about the runs of a sweep."""
-    text = f"| | success | {' | '.join(COLUMNS)} |\n" + "|---" * (len(COLUMNS) + 2) + "|\n"
+    columns = [EACH_PAIR_ALIKE, *COLUMNS]
+    text = f"| | success | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 2) + "|\n"
     curves = {}  # name of a setting -> curve of each seed
     for axis in args.sweep:
         flag, _, values = axis.partition("=")
@@ -203,12 +218,12 @@ def report(args):
             folders = [args.out / f"{flag}-{value}-seed{seed}"
                        for seed in (args.seeds or "0").split(",")]
             runs = [readings_of(folder) for folder in folders]
-            curves[setting] = [reading_curve(*pair) for pair in zip(folders, runs)]
+            curves[setting] = [reading_curve(folder, run) for folder, run in zip(folders, runs)]
             for which in ("untrained", "sft", "rl"):
                 cells = [f"{setting}, {which}", mean_and_each([
                     100 * run[which]["success"] for run in runs if "success" in run[which]])]
                 cells += [mean_and_each([100 * run[which][column] for run in runs])
-                          for column in COLUMNS]
+                          for column in columns]
                 text += f"| {' | '.join(cells)} |\n"
     (args.out / "seeing.md").write_text(text)
     print(f"\n{text}")
@@ -259,7 +274,7 @@ def draw(curves):
         axes.set_ylabel("read correctly")
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)  # in the last panel
     return figure
 
 
@@ -273,6 +288,7 @@ def check_settings(parser, config):
 
 
 if __name__ == "__main__":
+    # train.py looks these names up when it runs
     train.Collector = ReadingCollector
     train.check_settings = check_settings
     train.PROJECT_SETTINGS.update(project="seeing", env="ezpoints")
