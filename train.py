@@ -614,14 +614,19 @@ def example_states(policy, config):
     while len(inputs) < config.rollout_steps:  # as many as a rollout has
         questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
         inputs += policy.encode(games.images, questions)
-        actions = []
-        for info in games.infos:
-            action = env.expert_action(info)
-            if rng.random() < 0.5:
-                action = str(rng.choice(info["legal_actions"]))
-            actions.append(action)
-        games.step(actions)
+        games.step(half_random_actions(games.infos, rng))
     return inputs
+
+
+def half_random_actions(infos, rng):
+    """For each state the expert's action, or with probability 1/2 a random legal one."""
+    actions = []
+    for info in infos:
+        action = env.expert_action(info)
+        if rng.random() < 0.5:
+            action = str(rng.choice(info["legal_actions"]))
+        actions.append(action)
+    return actions
 
 
 # -------------------------------------------------------------------------------------------------
@@ -783,10 +788,10 @@ def digest_of_demonstrations(config):
 
 def kept_weights(config, out):
     """The folder with SFT weights for this run: its own, or the cache's; None if there is none."""
-    for folder in (out / "sft", sft_cache(config, out)):
-        if folder.exists():
-            return folder
-    return None
+    if (out / "sft").exists():
+        return out / "sft"
+    cache = sft_cache(config, out)
+    return cache if cache.exists() else None
 
 
 def write_sft_weights(policy, config, run):

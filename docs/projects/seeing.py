@@ -41,7 +41,7 @@ TEST_STATES = 1000    # all readings are tested on these others
 
 def numbers_on_cards(info):
     """Both numbers, sorted. J, Q and K count 10."""
-    return sorted(env.card_number(card) for card in info["cards"])
+    return tuple(sorted(env.card_number(card) for card in info["cards"]))
 
 
 def numbers_in_field(fields):
@@ -49,13 +49,13 @@ def numbers_in_field(fields):
     ranks = fields.get("cards")
     if not isinstance(ranks, list) or not set(ranks) <= set(env.CARD_RANKS):
         return None
-    return sorted(env.card_number(rank + "S") for rank in ranks)  # with any suit
+    return tuple(sorted(env.card_number(rank + "S") for rank in ranks))  # with any suit
 
 
 def numbers_in_thoughts(fields):
     """Both numbers of thoughts such as "3 4 make 12: ...", sorted; None if there are not two."""
     match = re.match(r"(\d+) (\d+) ", str(fields.get("thoughts")))
-    return sorted([int(match[1]), int(match[2])]) if match else None
+    return tuple(sorted([int(match[1]), int(match[2])])) if match else None
 
 
 def last_entry(info):
@@ -112,9 +112,9 @@ def share_equal(found, truths):
 def mean_over_truths(found, truths):
     """The share for each truth, then their mean: a frequent truth counts as much as a rare one."""
     shares = []
-    for truth in set(map(tuple, truths)):
-        of_this = [one for one, other in zip(found, truths, strict=True) if tuple(other) == truth]
-        shares.append(np.mean([one == list(truth) for one in of_this]))
+    for truth in set(truths):
+        of_this = [one for one, other in zip(found, truths, strict=True) if other == truth]
+        shares.append(share_equal(of_this, [truth] * len(of_this)))
     return float(np.mean(shares))
 
 
@@ -143,13 +143,8 @@ def visit(policy, config, stream, count, in_episode, truth_of, sample_answers=Fa
         if wanted and sample_answers:
             answers += policy.act(games.images[wanted], questions)
 
-        actions = []
-        for info in games.infos:
-            action = env.expert_action(info)
-            if rng.random() < 0.5:
-                action = str(rng.choice(info["legal_actions"]))
-            actions.append(action)
         # For first states only, deal all games anew
+        actions = train.half_random_actions(games.infos, rng)
         games.step(actions, restart=np.full(num_games, not in_episode))
     return {"hidden": torch.cat(hidden)[:count], "truths": truths[:count],
             "answers": answers[:count]}
@@ -158,12 +153,11 @@ def visit(policy, config, stream, count, in_episode, truth_of, sample_answers=Fa
 def probe(hidden, truths, test_hidden):
     """What a linear classifier says to `test_hidden` (M, D), after it learned from `hidden` (N, D).
 
-    truths: N values that JSON can hold. Returns M of them.
+    truths: N values that can be sorted. Returns M of them.
     """
     mean, deviation = hidden.mean(0), hidden.std(0) + 1e-6                     # (D,)
-    names = [json.dumps(truth) for truth in truths]
-    classes = sorted(set(names))
-    labels = torch.tensor([classes.index(name) for name in names])             # (N,)
+    classes = sorted(set(truths))
+    labels = torch.tensor([classes.index(truth) for truth in truths])          # (N,)
     linear = torch.nn.Linear(hidden.shape[1], len(classes))
     torch.nn.init.zeros_(linear.weight)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100)
@@ -178,7 +172,7 @@ def probe(hidden, truths, test_hidden):
     optimizer.step(loss)  # LBFGS calls it many times
     with torch.no_grad():
         guesses = linear((test_hidden - mean) / deviation).argmax(1)           # (M,)
-    return [json.loads(classes[guess]) for guess in guesses]
+    return [classes[guess] for guess in guesses]
 
 
 class ReadingCollector(train.Collector):
