@@ -977,7 +977,7 @@ def override(config, args):
 
 def first_line(error):
     """An exception's text, its first line alone."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # -- the four modes: each of the first three returns the results as a dict, and as text ------------

@@ -24,6 +24,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
@@ -749,6 +750,20 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         raise ValueError("it caps its logits, which `VLMPolicy.log_probs` does not")
     return model, processor
+
+
+@lru_cache
+def count_parameters(name, trust_remote_code=False):
+    """The number of parameters of a model of the hub or in a folder; its weights are not read.
+
+    Raises OSError, ValueError or ImportError where it cannot be told.
+    """
+    silence_libraries()
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):  # tensors there have a shape, but no numbers
+        model = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=trust_remote_code)
+    return model.num_parameters()
 
 
 def model_identity(name, trust_remote_code=False):

@@ -45,6 +45,7 @@ from eval import (
     bounds_line,
     evaluate,
     expert_agent,
+    first_line,
     model_agent,
     natural_int,
     number,
@@ -56,7 +57,7 @@ from eval import (
     sweep_table,
     table,
 )
-from policy import build_policy, model_identity, read_config
+from policy import build_policy, count_parameters, model_identity, read_config
 from ppo import (
     Rollout,
     auto_cot_scale,
@@ -80,8 +81,7 @@ if torch.backends.mps.is_available():
 if torch.cuda.is_available():
     BEST_DEVICE = "cuda"
 
-# The authors' settings, where they differ from the flags' defaults below. --preset paper uses them,
-# and so does every model but the built-in one.
+# The authors' settings, where they differ from the flags' defaults below. Large models use them.
 PAPER = dict(
     device=BEST_DEVICE, cot_scale=0.5,
     env_steps=15000, num_envs=16, rollout_steps=512, temperature=0.2, max_new_tokens=256,
@@ -89,6 +89,19 @@ PAPER = dict(
     target_kl=0.0, drift_coef=0.0, lora_rank=128, lora_alpha=256, gradient_checkpointing=True,
     sft_steps=1000, sft_batch=128, sft_lora=True, sft_lr=2e-5, demo_noise=0.5,
 )
+
+# A pretrained model that is small enough for a laptop or one small GPU. docs/large-models.md says
+# how these were chosen.
+SMALL_MODEL_LIMIT = 4e9  # parameters; a model with fewer is small
+SMALL = dict(
+    device=BEST_DEVICE,
+    env_steps=1024, num_envs=16, rollout_steps=128, temperature=0.5, max_new_tokens=128,
+    epochs=2, minibatch=32, microbatch=4, lr=1e-4, lr_end=3e-5, value_coef=0.1,
+    sft_steps=50, sft_batch=8, sft_lora=True, sft_lr=5e-4, eval_episodes=200,
+)
+
+# Which settings are the defaults: --preset, else by the model
+PRESETS = {"tiny": {}, "small": SMALL, "paper": PAPER}
 
 # What a task changes, for each preset
 TASK_SETTINGS = {
@@ -107,6 +120,10 @@ TASK_SETTINGS = {
         demo_noise=0.5, sft_steps=1500,
         env_steps=12288, rollout_steps=512, temperature=0.8,
         epochs=4, lr=3e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
+    # Returns of 10, and in ALFWorld of 50, as above
+    ("small", "ezpoints"): dict(value_coef=0.002),
+    ("small", "points24"): dict(value_coef=0.002),
+    ("small", "alfworld"): dict(value_coef=0.0002),
     ("paper", "ezpoints"): dict(rollout_steps=1024),
     ("paper", "points24"): dict(rollout_steps=1024),
     ("paper", "alfworld"): dict(
@@ -131,13 +148,15 @@ def cot_scale(text):
 
 
 def setting(group, flag, default, help, **kwargs):
-    """Add a flag; its help names the default, and the paper's value where it differs."""
+    """Add a flag; its help names the default, and the other presets' values where they differ."""
     name = flag.removeprefix("--").replace("-", "_")
     default = PROJECT_SETTINGS.get(name, default)
-    if name in PAPER and PAPER[name] != default:
-        help += f" [{default}; paper: {PAPER[name]}]"
-    elif default is not None:
-        help += f" [{default}]"
+    values = [] if default is None else [str(default)]
+    for preset in ("small", "paper"):
+        if PRESETS[preset].get(name, default) != default:
+            values.append(f"{preset}: {PRESETS[preset][name]}")
+    if values:
+        help += f" [{'; '.join(values)}]"
     group.add_argument(flag, default=default, help=help, **kwargs)
 
 
@@ -172,7 +191,7 @@ def make_parser():
     model = parser.add_argument_group("the model")
     setting(model, "--device", "cpu", "of the model", choices=["cuda", "mps", "cpu"])
     setting(model, "--dtype", None, "of the base weights; adapter and value head are float32 "
-            "[bfloat16 with --preset paper on cuda, else float32]",
+            "[bfloat16 on cuda, and with --preset small on a CPU that has it; else float32]",
             choices=["bfloat16", "float32"])
     setting(model, "--quantize", None, "base weights in 4 bits, with bitsandbytes on cuda",
             choices=["4bit"])
@@ -225,7 +244,8 @@ def make_parser():
 
     run = parser.add_argument_group("the run")
     add = run.add_argument
-    add("--preset", choices=["tiny", "paper"], help="defaults [tiny for --model tiny, else paper]")
+    add("--preset", choices=PRESETS, help="defaults [tiny for --model tiny, small for other models "
+        "of less than 4 billion parameters, else paper]")
     add("--out", type=Path, help="run directory [a new one under runs/]")
     add("--resume", type=Path, metavar="DIR", help="go on with this run; needs no other flag")
     add("--track", choices=["tensorboard", "wandb"], help="send the metrics there as well")
@@ -1163,6 +1183,111 @@ def memory_plan(policy, config):
 
 
 # -------------------------------------------------------------------------------------------------
+# Time: how long a run will take, before it begins. The method does not need it.
+
+
+def time_plan(policy, config, sft_is_done):
+    """Expected seconds of each stage of a run, a dict. It tries a few steps, and takes the time.
+
+    A gradient is counted as two forward passes, and with gradient checkpointing as three.
+    """
+    # Let the expert play: how long does a step take, and how long is an episode?
+    num_tasks = len(config.env.split(","))
+    games = make_games("sft", 8 * num_tasks, config)
+    began = time.perf_counter()
+    num_steps = 0
+    num_episodes = 0
+    for _ in range(20):
+        step = games.step([env.expert_action(info) for info in games.infos])
+        num_steps += len(games.infos)
+        num_episodes += np.sum(step["terminated"] | step["truncated"])
+    play_seconds = (time.perf_counter() - began) / num_steps
+    steps_per_episode = num_steps / max(num_episodes, 1)
+
+    # Sample and score some answers; put the random generator back afterwards
+    devices = [torch.cuda.current_device()] if config.device == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        sample_seconds, score_seconds = seconds_per_answer(policy, config)
+    learn_seconds = score_seconds * (4 if config.gradient_checkpointing else 3)
+
+    # A step of a rollout is played, sampled, and learned from in each epoch. Sometimes it is scored
+    # as well: again in bfloat16, and under the SFT policy.
+    rollout_seconds = play_seconds + sample_seconds + config.epochs * learn_seconds
+    if config.dtype == "bfloat16" and config.policy == "vlm":
+        rollout_seconds += score_seconds
+    if config.drift_coef:
+        rollout_seconds += score_seconds
+
+    # Four policies are evaluated; the random one and the expert write nothing. A CNN has no SFT.
+    num_policies = 4
+    num_writers = 2
+    sft_samples = config.sft_steps * config.sft_batch / world_size()
+    if config.policy == "cnn":
+        num_policies = 3
+        num_writers = 1
+    if config.policy == "cnn" or sft_is_done:
+        sft_samples = 0
+    eval_steps = config.eval_episodes * steps_per_episode * num_tasks  # of one policy
+    return {
+        "SFT": sft_samples * (play_seconds + learn_seconds),
+        "RL": config.env_steps / world_size() * rollout_seconds,
+        "evaluation": eval_steps * (num_policies * play_seconds + num_writers * sample_seconds),
+    }
+
+
+def seconds_per_answer(policy, config):
+    """(seconds to sample one answer, seconds to score one). N answers are sampled together."""
+    games = make_games("sft", config.num_envs // world_size(), config)
+    images = games.images
+    questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
+
+    def sample(num_tokens):
+        policy.max_new_tokens = num_tokens
+        answers, seconds = timed(lambda: policy.act(images, questions))
+        policy.max_new_tokens = config.max_new_tokens
+        return answers, seconds
+
+    # An untrained model does not end its answers. So sample 1 token of each, then 9, and compute
+    # the time of answers that are as long as demonstrations:
+    #     seconds(L tokens) = seconds(1) + (L - 1) * (seconds(9) - seconds(1)) / 8
+    sample(1)  # not counted: the first call is slower
+    answers, seconds = sample(1)
+    if config.policy == "vlm":
+        answers, _ = write_demonstrations(policy, games, np.random.default_rng(0), config)
+        longest = max(len(answer.tokens) for answer in answers)
+        _, seconds_of_nine = sample(9)
+        seconds += (longest - 1) * max(seconds_of_nine - seconds, 0) / 8
+
+    # .tolist() waits until a GPU has finished
+    piece = answers[:config.microbatch]
+    policy.evaluate(piece).value.tolist()
+    _, score_seconds = timed(lambda: policy.evaluate(piece).value.tolist())
+    return seconds / len(images), score_seconds / len(piece)
+
+
+def timed(work):
+    """(what work() returns, how many seconds it took)."""
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
+
+
+def time_line(plan):
+    """The plan in one line; a stage without any time is left out."""
+    parts = ", ".join(f"{stage} {in_words(seconds)}" for stage, seconds in plan.items() if seconds)
+    return f"time expected: about {in_words(sum(plan.values()))} ({parts})"
+
+
+def in_words(seconds):
+    """A time with its unit: "45 s", "12 min" or "3.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+# -------------------------------------------------------------------------------------------------
 # Command line: from flags to a run, and from errors of a user to one line
 
 
@@ -1178,18 +1303,15 @@ def configure(argv):
     check_tasks(parser, args.env)
 
     # Parse once more: what the line leaves out is now the default of preset and task
-    preset = args.preset or ("tiny" if args.model == "tiny" else "paper")
-    parser.set_defaults(preset=preset)
-    if preset == "paper":
-        parser.set_defaults(**PAPER)
+    preset = args.preset or from_first_process(preset_for(parser, args))
+    parser.set_defaults(preset=preset, **PRESETS[preset])
     parser.set_defaults(**TASK_SETTINGS.get((preset, args.env), {}))
     parser.set_defaults(**PROJECT_SETTINGS)
     if args.policy == "cnn":
         parser.set_defaults(drift_coef=0.0)  # without SFT there is nothing to stay near
     config = parser.parse_args(argv)
     if config.dtype is None:
-        paper_on_cuda = preset == "paper" and config.device == "cuda"
-        config.dtype = "bfloat16" if paper_on_cuda else "float32"
+        config.dtype = from_first_process(best_dtype(config))
 
     check(parser, config)
     if config.model != "tiny" and Path(config.model).is_dir():
@@ -1202,6 +1324,32 @@ def configure(argv):
         parser.error(f"{out} already holds a run: "
                      f"go on with --resume {out}, or choose another --out")
     return settings_of(config), out
+
+
+def preset_for(parser, args):
+    """The name of the preset for --model. A model that cannot be read ends in one line."""
+    if args.model == "tiny":
+        return "tiny"
+    try:
+        size = count_parameters(args.model, args.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(f"cannot play --env {args.env} with --model {args.model}: "
+                     f"{first_line(error)}")
+    return "small" if size < SMALL_MODEL_LIMIT else "paper"
+
+
+def best_dtype(config):
+    """The precision of the base weights, where no flag gives it."""
+    if config.preset == "tiny" or not config.sft_lora:
+        return "float32"
+    if config.device == "cuda":
+        return "bfloat16"
+    # Some CPUs compute with bfloat16. The others have to convert it, and are faster with float32.
+    cpu = torch.cpu.get_capabilities()
+    cpu_has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if config.preset == "small" and config.device == "cpu" and cpu_has_bfloat16:
+        return "bfloat16"
+    return "float32"
 
 
 def resume(parser, directory, argv):
@@ -1349,17 +1497,26 @@ def run_in(config, out):
         if run.state["stage"] == "rl" and not weights and config.policy == "vlm":
             raise Refused(f"{out / 'sft'} is missing")
         describe(policy, config, out, weights, needed, parts)
+        # Of a run that goes on, of a project with an update of its own and of a simulator, the time
+        # is not known
+        is_new = run.state["stage"] is None
+        if rank() == 0 and is_new and config.project is None and config.alfworld == "text":
+            say(time_line(time_plan(policy, config, sft_is_done=weights is not None)))
+            run.began = time.time()
         return train(policy, config, run, weights)
 
 
 def describe(policy, config, out, weights, needed, parts):
     """Say what is trained, where, and in how much memory."""
     name = config.model if config.policy == "vlm" else "CNN"
-    sizes = [p.numel() for key, p in policy.named_parameters() if "value" not in key]
+    if config.policy == "vlm":
+        size = policy.model.num_parameters()
+    else:
+        size = sum(p.numel() for p in policy.parameters())
     place = f"{config.device}, {config.dtype}"
     if world_size() > 1:
         place += f", {world_size()} processes"
-    say(f"{config.env}: {name} ({sum(sizes) / 1e6:.1f} M parameters) on {place}; into {out}")
+    say(f"{config.env}: {name} ({size / 1e6:.1f} M parameters) on {place}; into {out}")
     memory = ", ".join(f"{part} {gigabytes:.1f}" for part, gigabytes in parts.items())
     say(f"memory expected: {needed:.1f} GB, without Python and its libraries ({memory})")
     if weights is not None and weights != out / "sft":
@@ -1368,7 +1525,7 @@ def describe(policy, config, out, weights, needed, parts):
 
 def explain(error, out):
     """The line that tells a user what to do about an error; None for what is a bug."""
-    first_line = str(error).partition("\n")[0] or type(error).__name__
+    line = first_line(error)
 
     # Files
     if isinstance(error, Timeout):
@@ -1376,7 +1533,7 @@ def explain(error, out):
     if isinstance(error, OSError):
         return f"{error.filename or out}: {error.strerror or error}"
     if isinstance(error, (Refused, SafetensorError)):
-        return first_line
+        return line
 
     # Memory, numbers, other processes
     if isinstance(error, torch.OutOfMemoryError):
@@ -1385,7 +1542,7 @@ def explain(error, out):
         return (f"{error}; the checkpoint before is whole: "
                 "try a smaller --lr or --max-grad-norm in a new run")
     if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"process {rank()}: another one died, which ends the run ({first_line})"
+        return f"process {rank()}: another one died, which ends the run ({line})"
     return None
 
 

@@ -51,7 +51,8 @@ def main():
     if args.growth:
         return growth(args.growth, args.rounds)
 
-    config, _ = train.configure(["--env", args.env, "--model", args.model])
+    preset = ["--preset", "paper"] if args.model == PAPER_MODEL else []  # it is built below
+    config, _ = train.configure(["--env", args.env, "--model", args.model, *preset])
     if args.model == PAPER_MODEL:
         if args.plan:
             return plans(config)

@@ -515,7 +515,7 @@ def test_a_whole_run_with_another_model(family, dtype, checkpoints, tmp_path, ca
     model = str(checkpoints(family))
     train.main([*SMALL.split(), "--model", model, "--dtype", dtype, "--out", str(out)])
     assert "memory expected" in capsys.readouterr().out
-    assert json.loads((out / "config.json").read_text())["preset"] == "paper"
+    assert json.loads((out / "config.json").read_text())["preset"] == "small"
 
     # The base weights are on disk once, in the model's own folder
     assert (out / "sft/adapter_model.safetensors").exists()
@@ -543,6 +543,7 @@ def test_a_folder_that_holds_no_usable_model_gives_one_line(
         what, checkpoints, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     make_unusable(what, folder, checkpoints("llava"), monkeypatch)
+    capsys.readouterr()  # what the library wrote while it saved the checkpoint
     with pytest.raises(SystemExit) as stop:
         train.main(["--env", "blackjack", "--model", str(folder), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
@@ -564,6 +565,7 @@ def make_unusable(what, folder, checkpoint, monkeypatch):
     if what == "no package":
         folder.mkdir()
         missing = Mock(side_effect=ImportError("\nIts videos want a package.\n"))
+        monkeypatch.setattr(train, "count_parameters", Mock(return_value=1))
         monkeypatch.setattr(policy_module.AutoConfig, "from_pretrained", Mock())
         monkeypatch.setattr(policy_module.AutoProcessor, "from_pretrained", missing)
         return
@@ -596,6 +598,14 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_asked_for(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match="the stranger ran"):
         load_model(str(tmp_path), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3"])
+def test_parameters_are_counted_without_the_weights(family, checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints(family), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model, _ = load_model(str(checkpoints(family)), image_tiles="anyres")
+    assert policy_module.count_parameters(str(folder)) == model.num_parameters()
 
 
 def test_a_model_is_known_by_its_weights(checkpoints, tmp_path):

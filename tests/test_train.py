@@ -411,6 +411,101 @@ def test_the_memory_plan_knows_processes_and_that_no_piece_exceeds_its_batch(mon
     assert cut["activations"] == pytest.approx(2 * alone["activations"])
 
 
+@pytest.mark.parametrize("name, millions, preset", [("tiny", None, "tiny"), ("a", 3999, "small"), ("a", 4000, "paper")])
+def test_the_preset_follows_the_size_of_the_model(name, millions, preset, monkeypatch):
+    monkeypatch.setattr(train, "count_parameters", lambda *_: millions * 1_000_000)
+    config, _ = train.configure(["--env", "blackjack", "--model", name])
+    assert config.preset == preset
+    assert config.lora_rank == (128 if preset == "paper" else 16)
+    config, _ = train.configure(["--env", "blackjack", "--model", name, "--preset", "paper"])
+    assert config.preset == "paper" and config.lora_rank == 128
+
+
+@pytest.mark.parametrize("capabilities, dtype", [({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False, "avx2": True}, "float32")])
+def test_a_small_model_is_in_bfloat16_where_the_cpu_has_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+    def best(preset, device="cpu", sft_lora=True):
+        return train.best_dtype(Namespace(preset=preset, device=device, sft_lora=sft_lora))
+
+    assert best("small") == dtype
+    assert best("paper") == best("tiny") == best("small", sft_lora=False) == best("small", "mps") == "float32"
+    assert best("paper", "cuda") == best("small", "cuda") == "bfloat16"
+
+
+def test_the_expected_time_is_the_sum_of_what_is_done(monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 0.0)  # so that play takes no time
+    monkeypatch.setattr(train, "seconds_per_answer", lambda *_: (10.0, 1.0))
+    config, _ = train.configure(["--env", "blackjack"])
+
+    def plan(sft_is_done=False, processes=1, **settings):
+        monkeypatch.setattr(train, "world_size", lambda: processes)
+        return train.time_plan(None, Namespace(**vars(config) | settings), sft_is_done)
+
+    # 32 demonstrations a step, each a pass and a gradient of two passes
+    assert plan(sft_steps=10)["SFT"] == 10 * 32 * 3
+    assert plan(sft_steps=10, gradient_checkpointing=True)["SFT"] == 10 * 32 * 4
+    assert plan(sft_steps=10, processes=2)["SFT"] == 10 * 16 * 3
+    assert plan(sft_is_done=True)["SFT"] == plan(policy="cnn")["SFT"] == 0
+    # A step is sampled, scored by the SFT policy, and learned from in each epoch
+    assert plan(env_steps=100, epochs=2, drift_coef=0.1)["RL"] == 100 * (10 + 1 + 2 * 3)
+    assert plan(env_steps=100, epochs=2, drift_coef=0.0)["RL"] == 100 * (10 + 2 * 3)
+    assert plan(env_steps=100, epochs=2, drift_coef=0.0, dtype="bfloat16")["RL"] == 100 * (10 + 1 + 2 * 3)
+    assert plan(env_steps=100, epochs=2, drift_coef=0.0, processes=2)["RL"] == 50 * (10 + 2 * 3)
+    # The expert's hands have between 1 and 2 steps; two policies write, of the CNN's one
+    assert 2 * 100 * 10 < plan(eval_episodes=100)["evaluation"] < 2 * 100 * 2 * 10
+    assert plan(eval_episodes=100, policy="cnn")["evaluation"] == plan(eval_episodes=100)["evaluation"] / 2
+
+
+class SlowPolicy:
+    """8 answers take 2 seconds and 0.5 for each token; a score takes 3 seconds."""
+
+    max_new_tokens = 96
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def act(self, images, questions):
+        assert len(images) == len(questions) == 8
+        self.clock.append(2 + 0.5 * self.max_new_tokens)
+        return [Namespace(tokens=[0] * self.max_new_tokens)] * 8
+
+    def evaluate(self, answers):
+        self.clock.append(3.0 * len(answers))
+        return Namespace(value=torch.zeros(len(answers)))
+
+
+@pytest.mark.parametrize("policy, expected", [("vlm", (2 + 0.5 * 30) / 8), ("cnn", (2 + 0.5) / 8)])
+def test_the_time_of_an_answer_follows_from_1_and_9_tokens(policy, expected, monkeypatch):
+    clock = []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: sum(clock))
+    demonstrations = [Namespace(tokens=[0] * length) for length in (20, 30, 10, 30, 20, 20, 20, 20)]
+    monkeypatch.setattr(train, "write_demonstrations", lambda *_: (demonstrations, []))
+    config, _ = train.configure(["--env", "blackjack", "--num-envs", "8", "--rollout-steps", "8"])
+    config.policy = policy
+    slow = SlowPolicy(clock)
+    assert train.seconds_per_answer(slow, config) == (expected, 3.0)
+    assert slow.max_new_tokens == 96
+
+
+@pytest.mark.parametrize("flags", [["--env", "numberline,ezpoints"], ["--env", "blackjack", "--policy", "cnn"]])
+def test_to_expect_a_time_changes_nothing(flags, monkeypatch):
+    monkeypatch.setattr(prompts, "corpus", partial(prompts.corpus, episodes=10))
+    config, _ = train.configure([*flags, "--num-envs", "4", "--rollout-steps", "4"])
+    policy = train.build_policy(config)
+    weights = {name: x.clone() for name, x in policy.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train.time_plan(policy, config, sft_is_done=False)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(x, weights[name]) for name, x in policy.state_dict().items())
+
+
+def test_a_time_has_a_unit():
+    assert [train.in_words(seconds) for seconds in (45, 720, 12_240)] == ["45 s", "12 min", "3.4 h"]
+
+
 def test_without_a_terminal_a_bar_is_silent_for_the_first_minute(capsys):
     bar = train.progress_bar("SFT", 10, 0)
     for step in range(10):
