@@ -95,9 +95,9 @@ PAPER = dict(
 SMALL_MODEL_LIMIT = 4e9  # parameters; a model with fewer is small
 SMALL = dict(
     device=BEST_DEVICE,
-    env_steps=1024, num_envs=16, rollout_steps=128, temperature=0.5, max_new_tokens=128,
-    epochs=2, minibatch=32, microbatch=4, lr=1e-4, lr_end=3e-5, value_coef=0.1,
-    sft_steps=50, sft_batch=8, sft_lora=True, sft_lr=5e-4, eval_episodes=200,
+    env_steps=768, num_envs=16, rollout_steps=64, temperature=0.5, max_new_tokens=128,
+    epochs=1, minibatch=16, microbatch=4, lr=1e-4, lr_end=5e-5, clip=0.2, value_coef=0.1,
+    sft_steps=50, sft_batch=8, sft_lora=True, sft_lr=5e-4, demo_noise=0.5, eval_episodes=200,
 )
 
 # Which settings are the defaults: --preset, else by the model
