@@ -716,11 +716,8 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
         return model.to(device, dtype), processor
 
     # Read the configuration and the processor
-    looks_like_a_folder = name[:1] in ("/", ".", "~")
-    if looks_like_a_folder and not Path(name).is_dir():  # the hub would complain of a bad name
-        raise ValueError("there is no such folder")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = read_model_config(name, trust_remote_code)
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except ImportError as error:  # some processors want a package of their own
         raise ValueError(str(error).strip()) from None
@@ -752,6 +749,14 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     return model, processor
 
 
+def read_model_config(name, trust_remote_code=False):
+    """The library's configuration of a model of the hub or in a folder. Raises as `load_model`."""
+    looks_like_a_folder = name[:1] in ("/", ".", "~")
+    if looks_like_a_folder and not Path(name).is_dir():  # the hub would complain of a bad name
+        raise ValueError("there is no such folder")
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 @lru_cache
 def count_parameters(name, trust_remote_code=False):
     """The number of parameters of a model of the hub or in a folder; its weights are not read.
@@ -759,7 +764,7 @@ def count_parameters(name, trust_remote_code=False):
     Raises OSError, ValueError or ImportError where it cannot be told.
     """
     silence_libraries()
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = read_model_config(name, trust_remote_code)
     with torch.device("meta"):  # tensors there have a shape, but no numbers
         model = AutoModelForImageTextToText.from_config(
             config, trust_remote_code=trust_remote_code)
@@ -772,8 +777,7 @@ def model_identity(name, trust_remote_code=False):
     if name == "tiny":
         return name
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return config._commit_hash
+        return read_model_config(name, trust_remote_code)._commit_hash
 
     # Of each file of weights: its name, its size, and 64 kB at each of 16 places. The first of them
     # holds the header.

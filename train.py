@@ -1508,10 +1508,11 @@ def run_in(config, out):
 
 def describe(policy, config, out, weights, needed, parts):
     """Say what is trained, where, and in how much memory."""
-    name = config.model if config.policy == "vlm" else "CNN"
     if config.policy == "vlm":
+        name = config.model
         size = policy.model.num_parameters()
     else:
+        name = "CNN"
         size = sum(p.numel() for p in policy.parameters())
     place = f"{config.device}, {config.dtype}"
     if world_size() > 1:

@@ -550,6 +550,7 @@ def test_a_folder_that_holds_no_usable_model_gives_one_line(
     assert stop.value.code == 2
     assert error.count("\n") == 1
     assert str(folder) in error
+    assert ("there is no such folder" in error) == (what == "no folder")
     assert not (tmp_path / "run").exists()
 
 
