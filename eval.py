@@ -342,12 +342,17 @@ def read_metrics(directory):
 def summary(rows, task):
     """What tables and figures show of a run: the evaluations on `task` and the learning curve.
 
-    rows: of metrics.jsonl. Returns a dict: task, curve (list of [environment steps, success rate]),
-    and for each policy its name -> its row.
+    rows: of metrics.jsonl; task: one, or the several of a run with commas between them. Returns a
+    dict: task, curve (list of [environment steps, success rate]), and for each policy its name ->
+    its row. A run of several tasks counts their episodes together: it has one curve, of all tasks,
+    and each task has its evaluations.
     """
     # Only rows of evaluations have the key "env"
     evaluations = {row["policy"]: row for row in rows if row.get("env") == task}
-    curve = [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]
+    tasks_of_run = {row["env"] for row in rows if "env" in row}
+    curve = []
+    if tasks_of_run <= set(task.split(",")):
+        curve = [[row["env_steps"], row["success_rate"]] for row in rows if row["stage"] == "rl"]
     return evaluations | {"task": task, "curve": curve}
 
 
@@ -813,8 +818,8 @@ def make_parser():
     add("--episodes", type=positive_int, help="episodes to play [1000, for --gif 4]")
     add("--seed", type=natural_int, default=0,
         help="fixes the episodes and the sampling [%(default)s]")
-    add("--num-envs", type=positive_int, default=64,
-        help="episodes played at a time [%(default)s]")
+    add("--num-envs", type=positive_int,
+        help="episodes played at a time [the run's; with --model 16, else 64]")
     add("--json", action="store_true", help="print one JSON object and nothing else")
 
     add = parser.add_argument_group("other results").add_argument
@@ -891,6 +896,7 @@ class Player:
     policy: object      # VLMPolicy, CNNPolicy or ApiModel; None for random and expert
     style: str = "full"
     obs: str = "image"
+    num_envs: int = 64  # episodes played at a time
 
 
 def load_player(args):
@@ -903,7 +909,7 @@ def load_player(args):
     else:
         name = args.policy or "rl"
         policy, config = load(args, args.run[0], name)
-    return Player(name, args.env or config.env, policy, config.prompt, config.obs)
+    return Player(name, args.env or config.env, policy, config.prompt, config.obs, config.num_envs)
 
 
 def load(args, directory=None, which="untrained"):
@@ -957,7 +963,7 @@ def zero_shot_config(args):
 
     return argparse.Namespace(
         env=args.env, policy="vlm", model=args.model, prompt="full", obs="image",
-        image_tiles="one", alfworld="text", device=device,
+        image_tiles="one", alfworld="text", device=device, num_envs=16,
         dtype="bfloat16" if device == "cuda" else "float32", quantize=None,
         temperature=0.2, max_new_tokens=256, seed=args.seed, gradient_checkpointing=False,
         trust_remote_code=args.trust_remote_code)
@@ -965,7 +971,7 @@ def zero_shot_config(args):
 
 def override(config, args):
     """Put the flags that were given in the place of the run's settings."""
-    if args.device:
+    if args.device and args.device != config.device:
         config.device = args.device
         if args.device != "cuda":
             config.dtype = "float32"  # elsewhere bfloat16 is slow, or missing
@@ -986,8 +992,9 @@ def first_line(error):
 def play(args, player):
     """Play episodes, or with --recognition ask only what the pictures show."""
     result = {"env": player.task, "policy": player.name}
+    num_envs = args.num_envs or player.num_envs
     if args.recognition:
-        shares = recognition(player.policy, player.task, args.trials, args.seed, args.num_envs,
+        shares = recognition(player.policy, player.task, args.trials, args.seed, num_envs,
                              player.style, player.obs)
         result |= {"trials": args.trials, "recognition": shares}
         return result, recognition_table(player.task, args.trials, {player.name: [shares]})
@@ -1000,7 +1007,7 @@ def play(args, player):
     else:
         agent = expert_agent
     episodes = args.episodes or 1000
-    result |= evaluate(agent, player.task, episodes, args.seed, args.num_envs, player.obs)
+    result |= evaluate(agent, player.task, episodes, args.seed, num_envs, player.obs)
     lines = [f"{player.task}, seed {args.seed}", table({player.name: result})]
     return result, "\n".join([*lines, bounds_line(player.task)]).rstrip()
 
@@ -1030,8 +1037,9 @@ def compare_recognition(args):
             policy, config = load(args, directory, which)
             if args.env is None:
                 args.env = config.env  # the first run tells the task of all
+            num_envs = args.num_envs or config.num_envs
             shares[which].append(recognition(
-                policy, args.env, args.trials, args.seed, args.num_envs, config.prompt, config.obs))
+                policy, args.env, args.trials, args.seed, num_envs, config.prompt, config.obs))
     return shares, recognition_table(args.env, args.trials, shares)
 
 
@@ -1059,6 +1067,10 @@ def main():
             result, text = play(args, load_player(args))
     except (ApiError, OSError, ValueError) as error:  # refused, no data, a full disk, ...
         parser.error(first_line(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        parser.error("out of memory: try a smaller --num-envs")
 
     print(json.dumps(result) if args.json else text)
 

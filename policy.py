@@ -754,7 +754,15 @@ def read_model_config(name, trust_remote_code=False):
     looks_like_a_folder = name[:1] in ("/", ".", "~")
     if looks_like_a_folder and not Path(name).is_dir():  # the hub would complain of a bad name
         raise ValueError("there is no such folder")
-    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        if Path(name).is_dir():
+            raise
+        # Of a mistyped folder the library would say only that there is no connection
+        raise OSError(f"there is no such folder, and not on the hub: {error}") from error
+    except Exception as error:  # a damaged configuration: errors of many kinds
+        raise ValueError(f"its config.json cannot be used: {error}") from error
 
 
 @lru_cache
@@ -765,9 +773,12 @@ def count_parameters(name, trust_remote_code=False):
     """
     silence_libraries()
     config = read_model_config(name, trust_remote_code)
-    with torch.device("meta"):  # tensors there have a shape, but no numbers
-        model = AutoModelForImageTextToText.from_config(
-            config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):  # tensors there have a shape, but no numbers
+            model = AutoModelForImageTextToText.from_config(
+                config, trust_remote_code=trust_remote_code)
+    except (KeyError, AssertionError, RuntimeError) as error:  # sizes or names that cannot be
+        raise ValueError(f"its config.json cannot be used: {error}") from error
     return model.num_parameters()
 
 
@@ -929,8 +940,8 @@ def main():
     add("--model", default="tiny", help="tiny, a model of the hub, or a folder [tiny]")
     add("--seed", type=int, default=0, help="fixes picture and answer [0]")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed {args.seed} is not from 0 to {2**32 - 1}")
 
     torch.manual_seed(args.seed)
     try:

@@ -153,8 +153,10 @@ def setting(group, flag, default, help, **kwargs):
     default = PROJECT_SETTINGS.get(name, default)
     values = [] if default is None else [str(default)]
     for preset in ("small", "paper"):
-        if PRESETS[preset].get(name, default) != default:
-            values.append(f"{preset}: {PRESETS[preset][name]}")
+        # What a project sets holds in all presets
+        value = (PRESETS[preset] | PROJECT_SETTINGS).get(name, default)
+        if value != default:
+            values.append(f"{preset}: {value}")
     if values:
         help += f" [{'; '.join(values)}]"
     group.add_argument(flag, default=default, help=help, **kwargs)
@@ -191,7 +193,8 @@ def make_parser():
     model = parser.add_argument_group("the model")
     setting(model, "--device", "cpu", "of the model", choices=["cuda", "mps", "cpu"])
     setting(model, "--dtype", None, "of the base weights; adapter and value head are float32 "
-            "[bfloat16 on cuda, and with --preset small on a CPU that has it; else float32]",
+            "[float32; with --preset small or paper bfloat16 on cuda, and with small on a CPU that "
+            "has it]",
             choices=["bfloat16", "float32"])
     setting(model, "--quantize", None, "base weights in 4 bits, with bitsandbytes on cuda",
             choices=["4bit"])
@@ -1314,8 +1317,7 @@ def configure(argv):
         config.dtype = from_first_process(best_dtype(config))
 
     check(parser, config)
-    if config.model != "tiny" and Path(config.model).is_dir():
-        config.model = str(Path(config.model).resolve())  # found from any working directory
+    config.model = absolute(config.model)
     out = config.out
     if out is None:
         now = time.strftime("%Y%m%d-%H%M%S")
@@ -1338,9 +1340,16 @@ def preset_for(parser, args):
     return "small" if size < SMALL_MODEL_LIMIT else "paper"
 
 
+def absolute(model):
+    """--model, a folder as an absolute path: so it is found from any working directory."""
+    if model != "tiny" and Path(model).is_dir():
+        return str(Path(model).resolve())
+    return model
+
+
 def best_dtype(config):
     """The precision of the base weights, where no flag gives it."""
-    if config.preset == "tiny" or not config.sft_lora:
+    if config.preset == "tiny" or not config.sft_lora or config.policy == "cnn":
         return "float32"
     if config.device == "cuda":
         return "bfloat16"
@@ -1366,6 +1375,7 @@ def resume(parser, directory, argv):
     # --trust-remote-code is never taken from a file: each command must give it.
     parser.set_defaults(**vars(kept))
     args = parser.parse_args(argv)
+    args.model = absolute(args.model)
     config = settings_of(args)
     for name, value in vars(config).items():
         kept_value = getattr(kept, name, value)
@@ -1412,6 +1422,8 @@ def check(parser, config):
         # A game whose actions change has a method legal_actions of its own
         if game is None or game.legal_actions is not env.Game.legal_actions:
             parser.error("--policy cnn plays one task whose actions never change")
+    if config.policy == "cnn" and config.model != "tiny":
+        parser.error("--policy cnn is a model of its own: it goes without --model")
     if config.policy == "cnn" and config.drift_coef:
         parser.error("--drift-coef keeps answers near those of SFT: --policy cnn has none")
     if getattr(config, "track", None) and not find_spec(config.track):
@@ -1572,13 +1584,18 @@ def sweep(args, argv):
     if args.quick:
         small = "--sft-steps 20 --env-steps 512 --rollout-steps 512 --eval-episodes 50"
         argv = small.split() + argv  # if a flag comes twice, argparse takes the last: the user's
+    # Check all settings before the first run
     parser.set_defaults(seed=None)
     has_seed = parser.parse_args(argv).seed is not None
-    if has_seed or any(axis.startswith("seed=") for axis in args.sweep):
+    flags = [axis.partition("=")[0] for axis in args.sweep]
+    if has_seed or "seed" in flags:
         parser.error("--sweep takes its seeds from --seeds")
-
-    # Check all settings before the first run
+    for flag in ("out", "resume", "sweep", "seeds", "quick"):
+        if flag in flags:
+            parser.error(f"--sweep {flag}=... is not possible: --{flag} is no setting of a run")
     seeds = (args.seeds or "0").split(",")
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seeds {args.seeds} has the same seed twice")
     settings = []  # (flag, value, configuration, folder) of each run
     for axis in args.sweep:
         flag, _, values = axis.partition("=")
@@ -1589,28 +1606,34 @@ def sweep(args, argv):
                 folder = args.out / f"{flag}-{value}-seed{seed}"
                 settings.append((flag, value, config, folder))
 
-    runs = {}  # name of a setting -> `summary` of each seed
+    runs = {}    # name of a task and setting -> `summary` of each seed
+    curves = {}  # the same, but for several tasks in one run: these have one curve
     for flag, value, config, folder in settings:
         train_once(parser, config, folder)
         if rank() > 0:
             continue  # the first process alone has results
+        rows = read_metrics(folder)
+        setting_name = "" if flag == "env" else f", {flag} {value}"
         for task in config.env.split(","):
-            name = task if flag == "env" else f"{task}, {flag} {value}"
-            runs.setdefault(name, []).append(summary(read_metrics(folder), task))
+            runs.setdefault(task + setting_name, []).append(summary(rows, task))
+        curves.setdefault(config.env + setting_name, []).append(summary(rows, config.env))
 
     if rank() == 0:
         command = f"python {program_of(config)} {' '.join(sys.argv[1:])}"
         text = sweep_table(runs, ",".join(seeds), command)
         (args.out / "table.md").write_text(text)
-        (args.out / "table.json").write_text(json.dumps(runs, indent=1))
-        plot(runs).savefig(args.out / "curves.png", dpi=110)
+        (args.out / "table.json").write_text(json.dumps(runs | curves, indent=1))
+        plot(curves).savefig(args.out / "curves.png", dpi=110)
         print(f"{text}{args.out / 'curves.png'}")
 
 
 def train_once(parser, config, folder):
     """Train in `folder`, unless a finished run with the same settings is there."""
     if (folder / "config.json").exists():
-        kept = read_config(folder, config.trust_remote_code)
+        try:
+            kept = read_config(folder, config.trust_remote_code)
+        except (OSError, ValueError, TypeError):
+            parser.error(f"{folder} holds no run (no config.json that can be read)")
         # `base` is no setting: `run_in` adds it when a run begins (a CNN has none)
         if hasattr(kept, "base"):
             config.base = kept.base

@@ -82,7 +82,10 @@ def parse_args():
     add("--shrink", type=positive_int, default=shrink, help=f"divide the sizes of {PAPER_MODEL}")
     add("--lora-rank", type=positive_int, default=128, help=f"of {PAPER_MODEL}")
     add("--plan", action="store_true", help=f"print only the memory that {PAPER_MODEL} needs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.plan and args.model != PAPER_MODEL:
+        parser.error(f"--plan is for --model {PAPER_MODEL}")
+    return args
 
 
 # -------------------------------------------------------------------------------------------------

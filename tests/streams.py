@@ -39,6 +39,8 @@ def main():
             final = [row["success_rate"] for row in rows if row.get("policy") in ("RL", "CNN + RL")][0]
             windows = window_rates([row for row in rows if row["stage"] == "rl"])
             runs.setdefault(config.env, []).append((config.seed, final, max(windows), windows[-1]))
+    if not runs:
+        raise SystemExit("no finished run is in " + ", ".join(map(str, folders)))
 
     print("| task, its runs | RL: mean | lowest | largest fall | each run's success |")
     print("|---|---|---|---|---|")

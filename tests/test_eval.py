@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -285,6 +286,19 @@ def test_flags_have_the_last_word_over_a_run(points_run, monkeypatch, capsys):
         assert policy.model.dtype == torch.float32 and policy.temperature == 0.7 and policy.max_new_tokens == 30
     finally:
         (points_run / "config.json").write_text(json.dumps(config if isinstance(config, dict) else vars(config)))
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", "bfloat16"), ("mps", "float32")])
+def test_the_device_of_the_run_keeps_its_precision(device, dtype):
+    config = Namespace(device="cpu", dtype="bfloat16", temperature=1.0, max_new_tokens=30)
+    evaluation.override(config, evaluation.make_parser().parse_args(["--device", device]))
+    assert config.device == device and config.dtype == dtype
+
+
+def test_too_little_memory_for_so_many_games_is_one_line(points_run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert "--num-envs" in error_line(monkeypatch, capsys, "--run", points_run)
+    assert evaluation.evaluate.call_args.args[4] == 8  # as many games at a time as the run had
 
 
 def test_a_cnn_plays_its_own_task_only(tmp_path, monkeypatch, capsys):

@@ -534,8 +534,28 @@ def test_a_whole_run_with_another_model(family, dtype, checkpoints, tmp_path, ca
         policy.evaluate(answers).logp_action, again.evaluate(answers).logp_action)
 
 
+def test_the_line_of_a_run_goes_on_with_a_folder_named_as_it_was(checkpoints, tmp_path, monkeypatch):
+    model = checkpoints("llava")
+    monkeypatch.chdir(model.parent)
+    line = [*SMALL.split(), "--model", model.name, "--out", str(tmp_path / "run")]
+    config, out = train.configure(line)
+    assert config.model == str(model)
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(vars(config)))
+    kept, _ = train.configure([*line[:-2], "--resume", str(out)])
+    assert vars(kept) == vars(config)
+
+
+def test_a_mistyped_folder_is_called_missing(monkeypatch):
+    monkeypatch.setattr(
+        policy_module.AutoConfig, "from_pretrained", Mock(side_effect=OSError("no connection")))
+    with pytest.raises(OSError, match="there is no such folder, .* no connection"):
+        policy_module.read_model_config("models/typo")
+
+
 UNUSABLE = ["no weights", "too few weights", "no chat template", "text only", "nothing",
-            "no folder", "no package"]
+            "no folder", "no package", "a size that is a word", "an unknown activation",
+            "padding outside of the vocabulary"]
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
@@ -580,6 +600,18 @@ def make_unusable(what, folder, checkpoint, monkeypatch):
 
     # The others are a whole checkpoint that lost something
     shutil.copytree(checkpoint, folder)
+    damages = {
+        "a size that is a word": {"hidden_size": "many"},
+        "an unknown activation": {"hidden_act": "foo"},
+        "padding outside of the vocabulary": {"pad_token_id": 10**6},
+    }
+    if what in damages:
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        config["text_config"] |= damages[what]
+        file.write_text(json.dumps(config))
+        return
+
     if what == "too few weights":
         file = folder / "model.safetensors"
         weights = load_file(file)

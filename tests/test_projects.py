@@ -61,7 +61,7 @@ def test_a_short_run_leaves_a_run_directory_that_eval_reads(name, flags, short_r
 
 @pytest.mark.parametrize("name, flags", [
     ("ilql", ["--beta", "much"]), ("ilql", ["--policy", "cnn"]), ("archer", ["--policy", "cnn"]),
-    ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"]), ("seeing", ["--obs", "text"]),
+    ("grpo", ["--policy", "cnn"]), ("grpo", ["--group-size", "3"]), ("archer", ["--rollout-steps", "8"]), ("seeing", ["--obs", "text"]),
     ("seeing", ["--prompt", "action"])])
 def test_a_wrong_flag_is_one_line_before_anything_is_written(name, flags, short_run, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
@@ -253,3 +253,11 @@ def test_a_comparison_checks_its_flags_before_the_first_run(flags, tmp_path, mon
         compare.main()
     assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_into_a_file_gives_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -149,7 +149,7 @@ def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsy
 @pytest.mark.parametrize("flags", [
     ["--env", "chess"], ["--cot-scale", "2"], ["--cot-scale", "nan"], ["--cot-scale", "x"], ["--num-envs", "0"], ["--env-steps", "-5"],
     ["--lr", "0"], ["--minibatch", "x"], ["--rollout-steps", "100"], ["--env-steps", "100"], ["--model", "no/such-model"], ["--out", "/proc/none"],
-    ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--value-coef", "-1"], ["--policy", "cnn", "--drift-coef", "0.1"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
+    ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--value-coef", "-1"], ["--policy", "cnn", "--drift-coef", "0.1"], ["--policy", "cnn", "--model", "no/such-model", "--preset", "small"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
     ["--num-envs", "99999999", "--rollout-steps", "99999999", "--env-steps", "99999999"]])
 def test_bad_flags_give_one_line_and_exit_code_2(flags, tmp_path, capsys):
     base = {"--env": "blackjack", "--out": str(tmp_path / "run")} | dict(zip(flags[::2], flags[1::2]))
@@ -344,13 +344,32 @@ train.main()""")
     (["--sweep", "cot-scale=0", "clip=x"], "x"),
     (["--sweep", "seed=1,2"], "--seeds"),
     (["--sweep", "cot-scale=0", "--seed", "7"], "--seeds"),
-    (["--sweep", "cot-scale=0", "--seed=7"], "--seeds")])
+    (["--sweep", "cot-scale=0", "--seed=7"], "--seeds"),
+    (["--sweep", "cot-scale=0", "out=x"], "--out is no setting"),
+    (["--sweep", "seeds=1"], "--seeds is no setting"),
+    (["--sweep", "cot-scale=0", "--seeds", "1,1"], "twice")])
 def test_a_sweep_checks_all_settings_before_the_first_run(flags, words, tmp_path, capsys):
     line = [*QUICK[:-2], "--env", "numberline", "--out", str(tmp_path / "sweep"), *flags]
     with pytest.raises(SystemExit) as stop:
         train.main(line)
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_draws_the_curve_of_a_mixture_once(tmp_path):
+    train.main([*QUICK[:-2], "--env", "numberline,ezpoints", "--sweep", "cot-scale=1", "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "table.json").read_text())
+    lengths = {name: len(seeds[0]["curve"]) for name, seeds in runs.items()}
+    assert lengths == {"numberline, cot-scale 1": 0, "ezpoints, cot-scale 1": 0, "numberline,ezpoints, cot-scale 1": 2}
+    assert runs["ezpoints, cot-scale 1"][0]["RL"]["episodes"] == 8
+
+
+def test_a_sweep_over_a_damaged_run_gives_one_line(tmp_path, capsys):
+    (tmp_path / "cot-scale-1-seed0").mkdir()
+    (tmp_path / "cot-scale-1-seed0/config.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*QUICK[:-2], "--env", "numberline", "--sweep", "cot-scale=1", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("obs", ["image", "text"])

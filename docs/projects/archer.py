@@ -160,6 +160,9 @@ def add_settings(parser):
 def check_settings(parser, config):
     if config.policy == "cnn" or world_size() > 1:
         parser.error("archer.py plays with a language model, in one process")
+    if config.rollout_steps < 2 * config.num_envs:
+        parser.error(f"--rollout-steps {config.rollout_steps} is less than two steps of each "
+                     "environment: the critic learns from the step that follows")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ def main():
         parser.error(f"--env is one of {', '.join(env.GAMES)}, or several with commas between them")
 
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which ends this, too
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     runs = {}  # (game, method) -> `summary` of each seed
     for game in args.env.split(","):
         for method in args.methods.split(","):
