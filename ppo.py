@@ -5,8 +5,8 @@ One environment step is one PPO action, however many tokens the policy wrote. It
     log pi(a | o, v_in) = lambda * log p(v_tht | o, v_in) + log p(v_act | o, v_in, v_tht)
 
 v_tht is the chain of thought (CoT), v_act the action, and lambda in [0, 1] the CoT scale (paper,
-section 4.3). The thoughts are many tokens and the action few. With lambda = 1 most of the noise in
-this sum comes from the thoughts; with lambda = 0 no thought is ever reinforced.
+section 4.3). The thoughts are many tokens and the action few. Where thoughts vary, most of the
+noise in this sum comes from them if lambda = 1; with lambda = 0 no thought is ever reinforced.
 
 Read from the top, from `Rollout` to `normalise`. The rest can wait. Letters in shapes: T steps,
 N environments (or samples of a batch), L answer tokens.
@@ -25,7 +25,10 @@ DRIFT_LIMIT = 5.0  # of natural log-probability (nats); see `drift_from_sft`
 
 @dataclass
 class Rollout:
-    """T steps of N environments that are played together. Tensors are (T, N), float32 or bool."""
+    """T steps of N environments that are played together. Tensors are (T, N), float32 or bool.
+
+    A state s is what the model sees: the picture o and the prompt v_in.
+    """
 
     answers: list                # T * N; answers[t * N + n] is of step t in environment n
     logp_cot: torch.Tensor       # log p(v_tht | o, v_in) under the policy that sampled
@@ -140,7 +143,8 @@ def drift_from_sft(new, old):
     p, and its gradient is the mean of (x + 1) * grad log p. The 1 adds nothing, because the mean of
     grad log p is 0 (probabilities always sum to 1). So the two gradients are the same on average.
     This is exact where x is of the thoughts alone. It is an approximation for illegal actions, as
-    they are a part of the samples, and because the samples are of the policy before the update.
+    the illegal answers are only some of the samples, and because the samples are of the policy
+    before the update.
 
     Why a straight line? For texts that SFT would almost never write, x is 100 or more. With
     x^2 / 2, one of them would outweigh all other answers, and destroy the policy.
@@ -375,7 +379,7 @@ def auto_cot_scale(token_logps, num_cot_tokens):
     To estimate F we take the gradient with respect to the logits, not to the weights: this is an
     approximation. There a token's score is onehot(token) - p, of squared length
     1 - 2 p(token) + sum p^2. The mean of p(token) is sum p^2, so this is 1 - sum p^2 on average.
-    So is 1 - p(token), which needs only what was stored. Thoughts of which the model is sure add
+    1 - p(token) has the same mean, and needs only what was stored. Thoughts of which the model is sure add
     no noise, however long they are.
 
     token_logps: list of (L,) log-probabilities of sampled answers; num_cot_tokens: how many of each
