@@ -110,10 +110,10 @@ class Game(gym.Env):
         self.over = False
         self.episode_return = 0.0
 
-        before = dict(vars(self))
-        self.deal()
-        if not self._checked:  # at the first reset: did deal() set what `saved` says?
-            check_saved(self, before)
+        if self._checked:
+            self.deal()
+        else:  # at the first reset: does deal() set what `saved` says?
+            check_saved(self, names_set_by_deal(self))
             check_contract(self)
             self._checked = True
         return self.render(), self._info()
@@ -538,7 +538,7 @@ class Games:
             game = gym.make(env_id(name), obs=obs, **arguments)
             # Gymnasium's vector demands the same action space in all games
             game.unwrapped.action_space = gym.spaces.Discrete(num_actions)
-            return game
+            return KeepInfo(game)
 
         # Turn Gymnasium's automatic reset off: it would replace the last picture of a truncated
         # episode, and training needs the value of that picture. With copy=False the vector writes
@@ -547,9 +547,8 @@ class Games:
         self.vector = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode="Disabled")
         if isinstance(seeds, int):
             seeds = itertools.count(seeds)
-        images, infos = self.vector.reset(seed=[next(seeds) for _ in range(num_envs)])
-        self.images = images
-        self.infos = split_info(infos)
+        self.images, _ = self.vector.reset(seed=[next(seeds) for _ in range(num_envs)])
+        self.infos = [game.info for game in self.vector.envs]
 
     def step(self, actions, seeds=None, restart=False):
         """Play one text action in each game, then begin new episodes where one ended.
@@ -565,7 +564,7 @@ class Games:
         # Gymnasium wants indices into the legal actions
         legal_actions = [info["legal_actions"] for info in self.infos]
         indices = [legal.index(action) for legal, action in zip(legal_actions, actions)]
-        images, rewards, terminated, truncated, infos = self.vector.step(np.array(indices))
+        images, rewards, terminated, truncated, _ = self.vector.step(np.array(indices))
 
         # Keep what the step gave, of the old episodes. `images` is the buffer self.images, which
         # the reset below overwrites.
@@ -574,22 +573,19 @@ class Games:
             "rewards": rewards,
             "terminated": terminated,
             "truncated": truncated,
-            "infos": split_info(infos),
+            "infos": [game.info for game in self.vector.envs],
             "last_images": {i: images[i].copy() for i in np.flatnonzero(ended)},
         }
 
         # Begin new episodes; the mask tells Gymnasium which games to reset
-        self.infos = list(result["infos"])
         begins = ended | restart  # (N,)
         if begins.any():
             new_seeds = [None for _ in begins]
             if seeds is not None:
                 new_seeds = [next(seeds) if begin else None for begin in begins]
             # The new pictures are written into self.images
-            _, infos = self.vector.reset(seed=new_seeds, options={"reset_mask": begins})
-            for i, info in enumerate(split_info(infos)):
-                if begins[i]:
-                    self.infos[i] = info
+            self.vector.reset(seed=new_seeds, options={"reset_mask": begins})
+        self.infos = [game.info for game in self.vector.envs]
         return result
 
     def snapshot(self):
@@ -600,21 +596,19 @@ class Games:
             self.images[i], self.infos[i] = game.unwrapped.restore(snapshots[i])
 
 
-def split_info(infos):
-    """Turn the vector's dict of arrays into a list of N dicts.
+class KeepInfo(gym.Wrapper):
+    """A game that keeps its last info in `info`, and hands out none.
 
-    Gymnasium gives an array (N,) for each key, and under "_key" which games have this key:
-    {"player_total": [16, 0], "_player_total": [True, False], ...} if only the first has it.
+    Gymnasium's vector would put the values of all games into one array, which has one type.
     """
-    split = [{} for _ in infos["_env"]]
-    for key, values in infos.items():
-        if key.startswith("_"):
-            continue
-        has_key = infos[f"_{key}"]  # (N,) bool: games that have this key
-        for i, value in enumerate(values.tolist()):
-            if has_key[i]:
-                split[i][key] = value
-    return split
+
+    def reset(self, **kwargs):
+        image, self.info = self.env.reset(**kwargs)
+        return image, {}
+
+    def step(self, action):
+        image, reward, terminated, truncated, self.info = self.env.step(action)
+        return image, reward, terminated, truncated, {}
 
 
 # ==================================================================================================
@@ -634,10 +628,28 @@ JSON_REMEDIES = [
 ]
 
 
-def check_saved(game, attributes):
+def names_set_by_deal(game):
+    """Call game.deal(); returns the names of the attributes that it sets."""
+    names = []
+
+    class Recorder(type(game)):
+        def __setattr__(self, name, value):
+            names.append(name)
+            super().__setattr__(name, value)
+
+    game_class = type(game)
+    game.__class__ = Recorder
+    try:
+        game.deal()
+    finally:
+        game.__class__ = game_class
+    return [name for name in names if name != "__class__"]
+
+
+def check_saved(game, names_set):
     """Raise TypeError if deal() and `saved` do not agree, or if JSON cannot hold a saved value.
 
-    attributes: the game's attributes before deal(), a dict.
+    names_set: the attributes that deal() sets.
     """
     class_name = type(game).__name__
     if isinstance(game.saved, str):
@@ -645,10 +657,9 @@ def check_saved(game, attributes):
 
     # Everything that deal() sets must be saved, except names with "_" in front and attributes that
     # the class Game has, such as `marks`
-    for name, value in vars(game).items():
-        is_set = name not in attributes or attributes[name] is not value
+    for name in names_set:
         is_exempt = name.startswith("_") or hasattr(Game, name)
-        if is_set and not is_exempt and name not in game.saved:
+        if not is_exempt and name not in game.saved:
             raise TypeError(f"{class_name}.deal() sets self.{name}, which a checkpoint would lose: "
                             f"add {name!r} to {class_name}.saved, or call it self._{name}")
 
@@ -667,6 +678,9 @@ def check_contract(game):
         if not isinstance(action, str):
             raise TypeError(f"{class_name}.actions holds {action!r}: an action is a text, "
                             f"write {str(action)!r}")
+        if any(quote in action for quote in "\"'`"):
+            raise TypeError(f"{class_name}.actions holds {action!r}: write it without quotes, "
+                            "because they end the action in an answer")
 
     shape = np.shape(np.array(game.draw()))
     if shape != (SIZE, SIZE, 3):

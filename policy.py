@@ -512,7 +512,7 @@ def forbidden_tokens(vocab_size, tokenizer, eos_ids):
         is_white_space = not token.content.replace("\u2581", " ").strip()  # this sign is a space
         if token.special or not is_white_space:
             forbidden_ids.add(token_id)
-    forbidden_ids |= set(range(len(tokenizer), vocab_size))
+    forbidden_ids |= set(range(vocab_size)) - set(tokenizer.get_vocab().values())
     forbidden_ids -= set(eos_ids)
 
     # (A tokenizer may know more tokens than the model has logits)
@@ -689,6 +689,9 @@ def build_tokenizer(texts):
         if "\n" in text:  # a prompt; answers have one line
             lines.update(text.split("\n"))
     instructions = [line for line, count in lines.items() if count >= 100 and len(line) > 20]
+    # But such tokens are never sampled, so none may hold what an answer says
+    answers = [text for text in texts if "\n" not in text]
+    instructions = [line for line in instructions if not any(line in text for text in answers)]
     tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])
 
     return PreTrainedTokenizerFast(
@@ -744,8 +747,12 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
         output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"its weights lack {min(report['missing_keys'])}")
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-        raise ValueError("it caps its logits, which `VLMPolicy.log_probs` does not")
+    text_config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(text_config, name, None) not in (None, 1):
+            raise ValueError(f"it changes its logits ({name}), and `VLMPolicy` does not")
+    if model.config.model_type == "mllama":
+        raise ValueError("each of its tokens has a mask of pictures, which `VLMPolicy` does not know")
     return model, processor
 
 

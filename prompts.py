@@ -194,7 +194,7 @@ def build_prompt(info, style="full"):
         state = ""
     if info["obs"] == "text":
         seen = {name: field.truth(info) for name, field in task.fields.items()}
-        state += f"What you see: {json.dumps(seen)}\n"
+        state += f"What you see: {json.dumps(seen, ensure_ascii=False)}\n"
 
     form = {name: field.description for name, field in answer_fields(info, style).items()}
     form["action"] = "a legal action"
@@ -203,7 +203,7 @@ def build_prompt(info, style="full"):
         f"{task.rules}.\n"
         f"{state}"
         f"Legal actions: {legal_actions}\n"
-        f"Answer in JSON: {json.dumps(form)}"
+        f"Answer in JSON: {json.dumps(form, ensure_ascii=False)}"
     )
 
 
@@ -211,7 +211,7 @@ def demonstration(info, action, style="full"):
     """The answer of an agent that sees and thinks right and plays `action`: JSON as text."""
     answer = {name: field.truth(info) for name, field in answer_fields(info, style).items()}
     answer["action"] = action
-    return json.dumps(answer)
+    return json.dumps(answer, ensure_ascii=False)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -254,15 +254,15 @@ def value_after(key, text):
 def pattern_of(actions):
     """A regular expression for any of the `actions` (str, lower case), as whole words.
 
-    "1" is not found in "10", and "-" is found only where it stands alone.
+    "1" is not found in "10". "-" is found in "3 - 1" and "3-1", but not in "mid-air" or "->".
     """
     alternatives = []
     for action in sorted(actions, key=len, reverse=True):  # "drawer 12" is tried before "drawer 1"
         name = re.escape(action)
         if action[-1:].isalnum():  # a word: no letter or digit before or behind it
             alternatives.append(rf"(?<!\w){name}(?!\w)")
-        else:  # a sign: only spaces before and behind it
-            alternatives.append(rf"(?<!\S){name}(?!\S)")
+        else:  # a sign: only spaces or digits before and behind it
+            alternatives.append(rf"(?<![^\s\d]){name}(?![^\s\d])")
     return re.compile("|".join(alternatives))
 
 

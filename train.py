@@ -339,8 +339,8 @@ def sft(policy, config, run):
         lr = warm_up * cosine(step, config.sft_steps, config.sft_lr, 0.0)
         optimizer.param_groups[0]["lr"] = lr
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not grad_norm.isfinite():
-            raise FloatingPointError(f"the gradient of SFT step {step + 1} is not finite")
+        if not (grad_norm.isfinite() and math.isfinite(loss)):
+            raise FloatingPointError(f"the loss or gradient of SFT step {step + 1} is not finite")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -964,7 +964,8 @@ class Run:
         row["seconds"] = round(self.seconds(), 2)
         for key, value in row.items():
             if isinstance(value, float):
-                row[key] = None if math.isnan(value) else round(value, 6)  # JSON has no NaN
+                # Six digits; JSON has no NaN
+                row[key] = None if math.isnan(value) else float(f"{value:.6g}")
         self.rows.append(row)
         self.metrics.write(json.dumps(row).encode() + b"\n")
 
@@ -1437,6 +1438,8 @@ def check(parser, config):
         parser.error("--quantize 4bit is for large models on --device cuda")
     if config.quantize and not find_spec("bitsandbytes"):
         parser.error("--quantize 4bit needs a package: pip install bitsandbytes")
+    if config.quantize and not config.sft_lora:
+        parser.error("--quantize 4bit needs --sft-lora: weights in 4 bits cannot be trained")
     if config.dtype == "bfloat16" and not config.sft_lora and config.policy == "vlm":
         parser.error("--dtype bfloat16 needs --sft-lora: "
                      "a step of SFT is smaller than the rounding of the weights")

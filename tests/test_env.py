@@ -477,6 +477,8 @@ def test_games_go_on_exactly_from_a_snapshot(name):
 
     def step(games):
         done = games.step([info["legal_actions"][i % len(info["legal_actions"])] for info, i in zip(games.infos, rng.integers(99, size=4))])
+        for info in done["infos"]:
+            info["action_mask"] = info["action_mask"].tolist()  # arrays cannot be compared with ==
         return done | {"images": games.images.copy()}
 
     games = env.Games(name, 4, 0)
@@ -561,6 +563,44 @@ def test_what_a_checkpoint_would_lose_is_said_at_the_first_reset():
     with pytest.raises(TypeError, match="LampEnv.deal.. sets self.on, which a checkpoint would lose"):
         lamp(deal, saved=env.Game.saved).reset(seed=0)  # a class that says nothing of `saved`
     lamp(deal, saved=("on", "color")).reset(seed=0)
+
+
+def test_an_attribute_that_deal_sets_to_what_it_was_must_be_saved_too():
+    def deal(self):
+        self.on = True
+        self.steps = 0
+
+    game = lamp(deal)
+    game.steps = 0
+    with pytest.raises(TypeError, match="LampEnv.deal.. sets self.steps, which a checkpoint would lose"):
+        game.reset(seed=0)
+
+
+def test_an_action_with_a_quote_is_refused_at_the_first_reset():
+    def deal(self):
+        self.on = True
+
+    game = lamp(deal)
+    game.actions = ("go to bob's house", "on")
+    with pytest.raises(TypeError, match="write it without quotes"):
+        game.reset(seed=0)
+
+
+@pytest.mark.parametrize("values", [(2, 0.5), (1, None), (True, 7), ({"a": 1}, {"b": 2}), ([1], [1, 2]), (2**70, 1)])
+def test_games_hand_out_each_state_as_it_is(values, monkeypatch):
+    class StateEnv(LampEnv):
+        name = "state"
+
+        def state(self):
+            return super().state() | {"value": values[self.on]}
+
+    monkeypatch.setattr(env, "GAMES", dict(env.GAMES))
+    env.register(StateEnv)
+    games = env.Games("state", 8, 0)
+    result = games.step([env.expert_action(info) for info in games.infos])
+    for infos in (games.infos, result["infos"]):
+        assert {info["on"] for info in infos} == {True, False}
+        assert all(repr(info["value"]) == repr(values[info["on"]]) for info in infos)
 
 
 def test_private_attributes_and_json_values_pass():

@@ -553,6 +553,18 @@ def test_a_mistyped_folder_is_called_missing(monkeypatch):
         policy_module.read_model_config("models/typo")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("final_logit_softcapping", 30.0), ("logits_scaling", 4.0), ("logit_scale", 0.06)])
+def test_a_model_that_changes_its_logits_is_refused(name, value, checkpoints, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints("llava"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=name):
+        load_model(str(folder))
+
+
 UNUSABLE = ["no weights", "too few weights", "no chat template", "text only", "nothing",
             "no folder", "no package", "a size that is a word", "an unknown activation",
             "padding outside of the vocabulary"]

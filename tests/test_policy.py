@@ -1,4 +1,6 @@
 """The model: sampling and scoring agree, special tokens never appear, batching changes nothing."""
+from unittest.mock import Mock
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 import env
 import prompts
+import policy as policy_module
 from policy import VLMPolicy, load_model
 
 torch.set_num_threads(1)
@@ -169,6 +172,22 @@ def test_the_action_begins_right_where_a_prefix_is_longer_than_the_whole(policy)
     head = policy.decode(answer.tokens[:answer.num_cot_tokens].tolist())
     assert answer.text == text and head.endswith("\U0001f0a1\", ") or head.endswith("\U0001f0a1")
     assert '"action"' not in head
+
+
+def test_a_line_that_an_answer_repeats_is_no_single_token():
+    line = "The lamp on the left wall is bright."
+    texts = [f"What do you see in the picture?\n{line}\nAnswer.", f'{{"seen": "{line}", "action": "on"}}'] * 200
+    tokenizer = policy_module.build_tokenizer(texts)
+    forbidden = policy_module.forbidden_tokens(len(tokenizer), tokenizer, [tokenizer.eos_token_id])
+    ids = tokenizer(texts[1], add_special_tokens=False)["input_ids"]
+    assert not forbidden[ids].any()
+    assert len(tokenizer("What do you see in the picture?", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_ids_without_a_token_are_never_sampled():
+    tokenizer = Mock(all_special_ids=[], added_tokens_decoder={}, get_vocab=lambda: {"a": 0, "b": 1, "z": 7})
+    forbidden = policy_module.forbidden_tokens(9, tokenizer, [1])
+    assert (forbidden == 0).nonzero().flatten().tolist() == [0, 1, 7]
 
 
 def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence():

@@ -1,5 +1,6 @@
 """The parser f and the demonstrations."""
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import env
+import prompts
 from prompts import TASKS, action_start, build_prompt, demonstration, parse_action
 
 CARDS = ["stand", "hit"]
@@ -39,7 +41,7 @@ def test_ten_is_not_one(text, expected):
     assert parse(f'{{"action": "{text}"}}', POINTS) == (expected, True)
 
 
-@pytest.mark.parametrize("text", ["11", "100", "-1", "3+4", "１", "**", "1.5"])
+@pytest.mark.parametrize("text", ["11", "100", "-1", "3+4", "１", "**", "1.5", "3+", "10=", "8/", "3(", "3+3"])
 def test_near_misses_are_illegal(text):
     assert not parse(f'{{"action": "{text}"}}', POINTS)[1]
 
@@ -48,6 +50,12 @@ def test_multi_word_actions_take_the_longest_name():
     legal = ["go to drawer 1", "go to drawer 12", "look"]
     assert parse('"action": "go to drawer 12"', legal) == ("go to drawer 12", True)
     assert parse('"action": "Go to drawer 1."', legal) == ("go to drawer 1", True)
+
+
+def test_a_demonstration_of_an_action_in_another_alphabet_is_legal(monkeypatch):
+    monkeypatch.setitem(prompts.TASKS, "arrows", replace(prompts.TASKS["blackjack"], fields={}, thoughts=lambda info: "höher"))
+    text = prompts.demonstration({"env": "arrows"}, "↑")
+    assert parse(text, ["↑", "↓"]) == ("↑", True) and "höher" in text
 
 
 def test_random_replacements_are_uniform_and_seeded():
