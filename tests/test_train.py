@@ -444,11 +444,11 @@ def test_the_preset_follows_the_size_of_the_model(name, millions, preset, monkey
 def test_a_small_model_is_in_bfloat16_where_the_cpu_has_it(capabilities, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
 
-    def best(preset, device="cpu", sft_lora=True):
-        return train.best_dtype(Namespace(preset=preset, device=device, sft_lora=sft_lora))
+    def best(preset, device="cpu", sft_lora=True, policy="vlm"):
+        return train.best_dtype(Namespace(preset=preset, device=device, sft_lora=sft_lora, policy=policy))
 
     assert best("small") == dtype
-    assert best("paper") == best("tiny") == best("small", sft_lora=False) == best("small", "mps") == "float32"
+    assert best("paper") == best("tiny") == best("small", sft_lora=False) == best("small", "mps") == best("small", policy="cnn") == "float32"
     assert best("paper", "cuda") == best("small", "cuda") == "bfloat16"
 
 
