@@ -114,8 +114,7 @@ TASK_SETTINGS = {
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
-        env_steps=15360, rollout_steps=512, temperature=0.4,
-        epochs=4, lr=3e-4, lr_end=3e-5, value_coef=0.01, value_clip=10.0),
+        temperature=0.5, value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
         demo_noise=0.5, sft_steps=1500,
         env_steps=12288, rollout_steps=512, temperature=0.8,
