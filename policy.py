@@ -752,7 +752,7 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
         if getattr(text_config, name, None) not in (None, 1):
             raise ValueError(f"it changes its logits ({name}), and `VLMPolicy` does not")
     if model.config.model_type == "mllama":
-        raise ValueError("each of its tokens has a mask of pictures, which `VLMPolicy` does not know")
+        raise ValueError("its tokens have masks of pictures, which `VLMPolicy` does not know")
     return model, processor
 
 

@@ -379,8 +379,8 @@ def auto_cot_scale(token_logps, num_cot_tokens):
     To estimate F we take the gradient with respect to the logits, not to the weights: this is an
     approximation. There a token's score is onehot(token) - p, of squared length
     1 - 2 p(token) + sum p^2. The mean of p(token) is sum p^2, so this is 1 - sum p^2 on average.
-    1 - p(token) has the same mean, and needs only what was stored. Thoughts of which the model is sure add
-    no noise, however long they are.
+    1 - p(token) has the same mean, and needs only what was stored. Thoughts of which the model is
+    sure add no noise, however long they are.
 
     token_logps: list of (L,) log-probabilities of sampled answers; num_cot_tokens: how many of each
     are thoughts.
