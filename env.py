@@ -548,7 +548,10 @@ class Games:
         if isinstance(seeds, int):
             seeds = itertools.count(seeds)
         self.images, _ = self.vector.reset(seed=[next(seeds) for _ in range(num_envs)])
-        self.infos = [game.info for game in self.vector.envs]
+
+    @property
+    def infos(self):
+        return [game.info for game in self.vector.envs]
 
     def step(self, actions, seeds=None, restart=False):
         """Play one text action in each game, then begin new episodes where one ended.
@@ -573,7 +576,7 @@ class Games:
             "rewards": rewards,
             "terminated": terminated,
             "truncated": truncated,
-            "infos": [game.info for game in self.vector.envs],
+            "infos": self.infos,
             "last_images": {i: images[i].copy() for i in np.flatnonzero(ended)},
         }
 
@@ -585,7 +588,6 @@ class Games:
                 new_seeds = [next(seeds) if begin else None for begin in begins]
             # The new pictures are written into self.images
             self.vector.reset(seed=new_seeds, options={"reset_mask": begins})
-        self.infos = [game.info for game in self.vector.envs]
         return result
 
     def snapshot(self):
@@ -593,7 +595,7 @@ class Games:
 
     def restore(self, snapshots):
         for i, game in enumerate(self.vector.envs):
-            self.images[i], self.infos[i] = game.unwrapped.restore(snapshots[i])
+            self.images[i], game.info = game.unwrapped.restore(snapshots[i])
 
 
 class KeepInfo(gym.Wrapper):

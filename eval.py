@@ -975,7 +975,7 @@ def override(config, args):
         config.device = args.device
         if args.device != "cuda":
             config.dtype = "float32"  # elsewhere bfloat16 is slow, or missing
-    for name in ("dtype", "temperature", "max_new_tokens"):
+    for name in ("dtype", "num_envs", "temperature", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None:
             setattr(config, name, value)
@@ -1037,9 +1037,9 @@ def compare_recognition(args):
             policy, config = load(args, directory, which)
             if args.env is None:
                 args.env = config.env  # the first run tells the task of all
-            num_envs = args.num_envs or config.num_envs
             shares[which].append(recognition(
-                policy, args.env, args.trials, args.seed, num_envs, config.prompt, config.obs))
+                policy, args.env, args.trials, args.seed, config.num_envs, config.prompt,
+                config.obs))
     return shares, recognition_table(args.env, args.trials, shares)
 
 

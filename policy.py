@@ -748,9 +748,9 @@ def load_model(name, seed=0, texts=None, image_tiles="one", device="cpu", dtype=
     if report["missing_keys"]:
         raise ValueError(f"its weights lack {min(report['missing_keys'])}")
     text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(text_config, name, None) not in (None, 1):
-            raise ValueError(f"it changes its logits ({name}), and `VLMPolicy` does not")
+    for setting in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(text_config, setting, None) not in (None, 1):
+            raise ValueError(f"it changes its logits ({setting}), and `VLMPolicy` does not")
     if model.config.model_type == "mllama":
         raise ValueError("its tokens have masks of pictures, which `VLMPolicy` does not know")
     return model, processor
@@ -763,11 +763,13 @@ def read_model_config(name, trust_remote_code=False):
         raise ValueError("there is no such folder")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except OSError as error:
         if Path(name).is_dir():
             raise
         # Of a mistyped folder the library would say only that there is no connection
-        raise OSError(f"there is no such folder, and not on the hub: {error}") from error
+        raise OSError(f"there is no such folder, and the hub gives none: {error}") from error
+    except (ValueError, ImportError):
+        raise
     except Exception as error:  # a damaged configuration: errors of many kinds
         raise ValueError(f"its config.json cannot be used: {error}") from error
 

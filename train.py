@@ -1363,11 +1363,7 @@ def best_dtype(config):
 
 def resume(parser, directory, argv):
     """The configuration for --resume: that of the run. Flags in `argv` must agree with it."""
-    try:
-        kept = read_config(directory)
-    except (OSError, ValueError, TypeError):
-        parser.error(f"{directory} holds no run (no config.json that can be read)")
-
+    kept = kept_config(parser, directory)
     if getattr(kept, "project", None) != PROJECT_SETTINGS.get("project"):
         parser.error(f"{directory} is a run of {program_of(kept)}: go on with that")
 
@@ -1391,6 +1387,14 @@ def resume(parser, directory, argv):
     check_tasks(parser, config.env)
     check(parser, config)
     return config, directory
+
+
+def kept_config(parser, directory, trust_remote_code=False):
+    """The configuration of the run in `directory`; where there is none, an error of one line."""
+    try:
+        return read_config(directory, trust_remote_code)
+    except (OSError, ValueError, TypeError):
+        parser.error(f"{directory} holds no run (no config.json that can be read)")
 
 
 def program_of(config):
@@ -1632,10 +1636,7 @@ def sweep(args, argv):
 def train_once(parser, config, folder):
     """Train in `folder`, unless a finished run with the same settings is there."""
     if (folder / "config.json").exists():
-        try:
-            kept = read_config(folder, config.trust_remote_code)
-        except (OSError, ValueError, TypeError):
-            parser.error(f"{folder} holds no run (no config.json that can be read)")
+        kept = kept_config(parser, folder, config.trust_remote_code)
         # `base` is no setting: `run_in` adds it when a run begins (a CNN has none)
         if hasattr(kept, "base"):
             config.base = kept.base

@@ -553,6 +553,14 @@ def test_a_mistyped_folder_is_called_missing(monkeypatch):
         policy_module.read_model_config("models/typo")
 
 
+@pytest.mark.parametrize("error", [ValueError("custom code"), ImportError("a package")])
+def test_what_else_the_hub_says_of_a_model_stays_as_it_is(error, monkeypatch):
+    monkeypatch.setattr(policy_module.AutoConfig, "from_pretrained", Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        policy_module.read_model_config("owner/model")
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("name, value", [
     ("final_logit_softcapping", 30.0), ("logits_scaling", 4.0), ("logit_scale", 0.06)])
 def test_a_model_that_changes_its_logits_is_refused(name, value, checkpoints, tmp_path):
