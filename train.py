@@ -240,6 +240,8 @@ def make_parser():
     setting(sft, "--sft-batch", 32, "demonstrations a step", type=positive_int)
     setting(sft, "--sft-lora", False, "train and merge an adapter, not all weights", **switch)
     setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
+    setting(sft, "--sft-optimizer", "adamw", "adamw; muon learns from fewer demonstrations",
+            choices=["adamw", "muon"])
     setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
             "to 0, so SFT sees the games' first states first", type=fraction)
     setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
@@ -306,7 +308,10 @@ def sft(policy, config, run):
     games = make_games("sft", num_envs, config)
     rng = np.random.default_rng(process_seed(config))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
+    if config.sft_optimizer == "muon":
+        optimizer = MuonAndAdamW(policy, config.sft_lr)
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
     policy.temperature = 1.0  # for SFT alone; sampling and PPO use the temperature of the settings
 
     first_step = 0
@@ -336,7 +341,8 @@ def sft(policy, config, run):
         # 3. Take a step of the optimiser, with 3 % warm-up
         warm_up = min(1.0, (step + 1) / (0.03 * config.sft_steps))
         lr = warm_up * cosine(step, config.sft_steps, config.sft_lr, 0.0)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (grad_norm.isfinite() and math.isfinite(loss)):
             raise FloatingPointError(f"the loss or gradient of SFT step {step + 1} is not finite")
@@ -397,6 +403,64 @@ def write_demonstrations(policy, games, rng, config):
 def cosine(step, num_steps, start, end):
     """Learning rate at `step` of `num_steps`, on a half cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+class MuonAndAdamW:
+    """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
+
+    Muon (Jordan et al., 2024) adds up gradients, as momentum does. Then it replaces such a matrix
+    by the nearest orthogonal one, so a step is equally long in all directions, also in those that
+    few samples need. "match_rms_adamw" makes its steps as large as those of AdamW (Liu et al.,
+    2025), so both have the same learning rate. Muon is not meant for embeddings and the language
+    head.
+    """
+
+    def __init__(self, policy, lr):
+        head = policy.model.get_output_embeddings()
+        matrices = []
+        for module in policy.model.modules():
+            is_linear = isinstance(module, torch.nn.Linear) and module is not head
+            if is_linear and module.weight.requires_grad:
+                matrices.append(module.weight)
+        ids = {id(matrix) for matrix in matrices}
+        trainable = [p for p in policy.model.parameters() if p.requires_grad]
+        others = [p for p in trainable if id(p) not in ids]
+
+        self.muon = torch.optim.Muon(
+            matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, lr, weight_decay=0.0, fused=True)
+        self.num_matrices = len(matrices)
+
+    @property
+    def param_groups(self):
+        return [*self.muon.param_groups, *self.adamw.param_groups]
+
+    def step(self):
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self):
+        """As that of one optimiser: AdamW's parameters are numbered on from Muon's."""
+        state = dict(self.muon.state_dict()["state"])
+        for index, moments in self.adamw.state_dict()["state"].items():
+            state[self.num_matrices + index] = moments
+        return {"state": state, "param_groups": []}
+
+    def load_state_dict(self, saved):
+        """Load the "state" of `state_dict`; the groups stay as they are."""
+        states = {self.muon: {}, self.adamw: {}}
+        for index, moments in saved["state"].items():
+            if index < self.num_matrices:
+                states[self.muon][index] = moments
+            else:
+                states[self.adamw][index - self.num_matrices] = moments
+        for optimizer, state in states.items():
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -773,7 +837,8 @@ def sft_cache(config, out):
     """The folder that keeps SFT weights for other runs, named by all that they depend on."""
     names = [
         "env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize",
-        "sft_steps", "sft_batch", "sft_lora", "sft_lr", "sft_restart", "demo_noise",
+        "sft_steps", "sft_batch", "sft_lora", "sft_optimizer", "sft_lr", "sft_restart",
+        "demo_noise",
     ]
     if config.sft_lora:
         names += ["lora_rank", "lora_alpha"]

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import env
 import eval as evaluation
 import prompts
 import train
-from policy import CNNPolicy
+from policy import CNNPolicy, VLMPolicy, build_tiny
 
 torch.set_num_threads(1)
 QUICK = ["--sft-steps", "3", "--sft-batch", "8", "--env-steps", "32", "--rollout-steps", "16", "--num-envs", "8", "--minibatch", "8",
@@ -279,6 +280,29 @@ def test_a_signal_stops_at_the_next_checkpoint(undisturbed, tmp_path, capsys):
     assert stop.value.code == 143 and "--resume" in capsys.readouterr().err
     train.main(["--resume", str(tmp_path / "run")])
     assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_sft_with_muon_goes_on_exactly(tmp_path):
+    flags = ("--env", "ezpoints", "--sft-optimizer", "muon")
+    undisturbed = tmp_path / "elsewhere" / "run"  # not beside the other run, which would take its SFT weights
+    run(undisturbed, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        step = train.MuonAndAdamW.step
+        patch.setattr(train.MuonAndAdamW, "step", lambda self: signal.raise_signal(signal.SIGTERM) or step(self))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", *flags)
+    train.main(["--resume", str(tmp_path / "run")])
+    assert (tmp_path / "run/sft/model.safetensors").read_bytes() == (undisturbed / "sft/model.safetensors").read_bytes()
+
+
+def test_muon_has_the_matrices_and_adamw_all_else():
+    policy = VLMPolicy(*build_tiny())
+    optimizer = train.MuonAndAdamW(policy, 0.1)
+    matrices, others = [[id(p) for group in part.param_groups for p in group["params"]] for part in (optimizer.muon, optimizer.adamw)]
+    assert sorted(matrices + others) == sorted(id(p) for p in policy.model.parameters())
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    assert all(re.search(r"(proj|fc\d|linear_\d)\.weight$", names[i]) for i in matrices)
+    assert not any("proj" in names[i] and names[i].endswith("weight") for i in others)
 
 
 @pytest.mark.parametrize("stops_at_once", [True, False])
