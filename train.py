@@ -94,7 +94,7 @@ PAPER = dict(
 # how these were chosen.
 SMALL_MODEL_LIMIT = 4e9  # parameters; a model with fewer is small
 SMALL = dict(
-    device=BEST_DEVICE,
+    device=BEST_DEVICE, cot_scale=1.0,
     env_steps=768, num_envs=16, rollout_steps=64, temperature=0.5, max_new_tokens=128,
     epochs=1, minibatch=16, microbatch=4, lr=1e-4, lr_end=5e-5, clip=0.2, value_coef=0.1,
     sft_steps=50, sft_batch=8, sft_lora=True, sft_lr=5e-4, demo_noise=0.5, eval_episodes=200,
@@ -245,6 +245,8 @@ def make_parser():
     setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
             "to 0, so SFT sees the games' first states first", type=fraction)
     setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
+    setting(sft, "--demo-play", 0.25, "share of games that go on with the demonstrated action, "
+            "drawn at each step; the others go on with the expert's", type=fraction)
 
     run = parser.add_argument_group("the run")
     add = run.add_argument
@@ -349,11 +351,10 @@ def sft(policy, config, run):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. Play on. In a quarter of the games, drawn anew at each step, play the action
-        # demonstrated above. It is often random, so SFT also sees states after a mistake. In all
-        # others play the expert's action: else most games would be lost early, and SFT would see
-        # few late states.
-        plays_demonstration = rng.random(num_envs) < 0.25                      # (N,)
+        # 4. Play on. In a share of the games, drawn anew at each step, play the action demonstrated
+        # above. It is often random, so SFT also sees states after a mistake. In all others play the
+        # expert's action: else most games would be lost early, and SFT would see few late states.
+        plays_demonstration = rng.random(num_envs) < config.demo_play          # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
                 actions[i] = env.expert_action(info)
@@ -838,7 +839,7 @@ def sft_cache(config, out):
     names = [
         "env", "model", "prompt", "obs", "seed", "dtype", "device", "image_tiles", "quantize",
         "sft_steps", "sft_batch", "sft_lora", "sft_optimizer", "sft_lr", "sft_restart",
-        "demo_noise",
+        "demo_noise", "demo_play",
     ]
     if config.sft_lora:
         names += ["lora_rank", "lora_alpha"]

@@ -295,6 +295,28 @@ def test_sft_with_muon_goes_on_exactly(tmp_path):
     assert (tmp_path / "run/sft/model.safetensors").read_bytes() == (undisturbed / "sft/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_demo_play_says_whose_actions_sft_plays(share, tmp_path, monkeypatch):
+    write, step = train.write_demonstrations, env.Games.step
+    expected, played = [], []
+
+    def write_and_watch(policy, games, rng, config):
+        answers, actions = write(policy, games, rng, config)
+        right = list(actions) if share else [env.expert_action(info) for info in games.infos]
+
+        def watched_step(actions, restart):
+            expected.append(right)
+            played.append(list(actions))
+            return step(games, actions, restart=restart)
+
+        games.step = watched_step
+        return answers, actions
+
+    monkeypatch.setattr(train, "write_demonstrations", write_and_watch)
+    run(tmp_path / "run", "--env", "blackjack", "--demo-noise", "1", "--demo-play", str(share))
+    assert len(played) == 3 and played == expected
+
+
 def test_muon_has_the_matrices_and_adamw_all_else():
     policy = VLMPolicy(*build_tiny())
     optimizer = train.MuonAndAdamW(policy, 0.1)
