@@ -240,10 +240,10 @@ def make_parser():
     setting(sft, "--sft-batch", 32, "demonstrations a step", type=positive_int)
     setting(sft, "--sft-lora", False, "train and merge an adapter, not all weights", **switch)
     setting(sft, "--sft-lr", 1e-3, "learning rate, cosine with 3 %% warm-up", type=positive)
-    setting(sft, "--sft-optimizer", "adamw", "adamw; muon learns from fewer demonstrations",
+    setting(sft, "--sft-optimizer", "adamw", "adamw, or muon for the matrices of linear layers",
             choices=["adamw", "muon"])
-    setting(sft, "--sft-restart", 0.0, "share of games that begin anew at each step; it falls "
-            "to 0, so SFT sees the games' first states first", type=fraction)
+    setting(sft, "--sft-restart", 0.0, "share of games that begin anew after each step; it falls "
+            "to 0 until the end of SFT", type=fraction)
     setting(sft, "--demo-noise", 0.75, "share of random actions in demonstrations", type=fraction)
     setting(sft, "--demo-play", 0.25, "share of games that go on with the demonstrated action, "
             "drawn at each step; the others go on with the expert's", type=fraction)
@@ -329,7 +329,7 @@ def sft(policy, config, run):
         infos = games.infos
         answers, actions = write_demonstrations(policy, games, rng, config)
 
-        # 2. Add up the gradient of the mean over the tokens of all processes
+        # 2. Add up the gradient of the mean of -log p over the tokens of all processes
         num_tokens = sum(len(answer.tokens) for answer in answers)
         num_tokens = total_over_processes([num_tokens])[0]
         loss = 0.0
@@ -360,7 +360,7 @@ def sft(policy, config, run):
                 actions[i] = env.expert_action(info)
 
         # After this step a share of the games is dealt anew: `sft_restart` at the beginning of SFT,
-        # 0 at its end. So at first SFT sees mostly the beginnings of games, which are easier.
+        # 0 at its end. If it is above 0, SFT sees more beginnings of games at first.
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
         games.step(actions, restart=rng.random(num_envs) < restart_share)
 
@@ -409,11 +409,11 @@ def cosine(step, num_steps, start, end):
 class MuonAndAdamW:
     """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
 
-    Muon (Jordan et al., 2024) adds up gradients, as momentum does. Then it replaces such a matrix
-    by the nearest orthogonal one, so a step is equally long in all directions, also in those that
-    few samples need. "match_rms_adamw" makes its steps as large as those of AdamW (Liu et al.,
-    2025), so both have the same learning rate. Muon is not meant for embeddings and the language
-    head.
+    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. From this sum it
+    makes the step: a matrix with the same directions, but (nearly) equal singular values. So what
+    few samples need is learned as fast as what many need. With "match_rms_adamw" a step is about as
+    large as one of AdamW (Liu et al., 2025), and both have the same learning rate. Embeddings and
+    the language head are left to AdamW, as Muon's authors advise.
     """
 
     def __init__(self, policy, lr):
@@ -445,7 +445,8 @@ class MuonAndAdamW:
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self):
-        """As that of one optimiser: AdamW's parameters are numbered on from Muon's."""
+        """The states of both: AdamW's parameters are numbered on from Muon's. The groups are left
+        out, because the constructor makes them again."""
         state = dict(self.muon.state_dict()["state"])
         for index, moments in self.adamw.state_dict()["state"].items():
             state[self.num_matrices + index] = moments
@@ -1498,6 +1499,8 @@ def check(parser, config):
         parser.error("--drift-coef keeps answers near those of SFT: --policy cnn has none")
     if getattr(config, "track", None) and not find_spec(config.track):
         parser.error(f"--track {config.track} needs a package: pip install {config.track}")
+    if config.sft_optimizer == "muon" and config.sft_lora:
+        parser.error("--sft-optimizer muon trains all weights: it goes with --no-sft-lora")
     check_settings(parser, config)
 
     # The machine and the numbers
