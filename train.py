@@ -113,12 +113,12 @@ TASK_SETTINGS = {
     ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800, lr=8e-4, lr_end=3e-4),
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
-        demo_noise=0.3, sft_steps=3000, sft_batch=64, sft_restart=0.5,
-        temperature=0.5, value_coef=0.01, value_clip=10.0),
+        sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,
+        demo_noise=0.8, demo_play=0.1, temperature=0.3, value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
-        demo_noise=0.5, sft_steps=1500,
-        env_steps=12288, rollout_steps=512, temperature=0.8,
-        epochs=4, lr=3e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
+        sft_optimizer="muon", sft_lr=3e-3, sft_steps=1500, demo_noise=0.5,
+        env_steps=8192, rollout_steps=512, temperature=0.8,
+        epochs=4, lr=6e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
     # Returns of 10, and in ALFWorld of 50, as above
     ("small", "ezpoints"): dict(value_coef=0.002),
     ("small", "points24"): dict(value_coef=0.002),
