@@ -148,7 +148,7 @@ def test_a_sweep_reuses_what_is_there_and_refuses_other_settings(tmp_path, capsy
 
 
 @pytest.mark.parametrize("flags", [
-    ["--sft-optimizer", "muon", "--sft-lora"],
+    ["--preset", "paper", "--sft-optimizer", "muon"],
     ["--env", "chess"], ["--cot-scale", "2"], ["--cot-scale", "nan"], ["--cot-scale", "x"], ["--num-envs", "0"], ["--env-steps", "-5"],
     ["--lr", "0"], ["--minibatch", "x"], ["--rollout-steps", "100"], ["--env-steps", "100"], ["--model", "no/such-model"], ["--out", "/proc/none"],
     ["--lora-rank", "0"], ["--dtype", "bfloat16"], ["--value-coef", "-1"], ["--policy", "cnn", "--drift-coef", "0.1"], ["--policy", "cnn", "--model", "no/such-model", "--preset", "small"], ["--quantize", "4bit"], ["--seeds", "1,2"], ["--device", "mps"], ["--policy", "cnn", "--env", "alfworld"], ["--env", "blackjack,chess"], ["--ratio", "word"],
