@@ -306,12 +306,12 @@ def sft(policy, config, run):
     run: the run directory, a `Run`. It writes metrics, and saves and restores checkpoints.
     """
     # Each step shows one demonstration from each of N games
-    num_envs = config.sft_batch // world_size()
-    games = make_games("sft", num_envs, config)
+    num_games = config.sft_batch // world_size()
+    games = make_games("sft", num_games, config)
     rng = np.random.default_rng(process_seed(config))
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     if config.sft_optimizer == "muon":
-        optimizer = MuonAndAdamW(policy, config.sft_lr)
+        optimizer = MuonAndAdamW(policy.model, parameters, config.sft_lr)
     else:
         optimizer = torch.optim.AdamW(parameters, config.sft_lr, weight_decay=0.0, fused=True)
     policy.temperature = 1.0  # for SFT alone; sampling and PPO use the temperature of the settings
@@ -333,7 +333,7 @@ def sft(policy, config, run):
         num_tokens = sum(len(answer.tokens) for answer in answers)
         num_tokens = total_over_processes([num_tokens])[0]
         loss = 0.0
-        for i in range(0, num_envs, config.microbatch):
+        for i in range(0, num_games, config.microbatch):
             scores = policy.evaluate(answers[i: i + config.microbatch])
             piece_loss = -(scores.logp_cot + scores.logp_action).sum() / num_tokens
             piece_loss.backward()
@@ -354,7 +354,7 @@ def sft(policy, config, run):
         # 4. Play on. In a share of the games, drawn anew at each step, play the action demonstrated
         # above. It is often random, so SFT also sees states after a mistake. In all others play the
         # expert's action: else most games would be lost early, and SFT would see few late states.
-        plays_demonstration = rng.random(num_envs) < config.demo_play          # (N,)
+        plays_demonstration = rng.random(num_games) < config.demo_play         # (N,)
         for i, info in enumerate(infos):
             if not plays_demonstration[i]:
                 actions[i] = env.expert_action(info)
@@ -362,9 +362,9 @@ def sft(policy, config, run):
         # After this step a share of the games is dealt anew: `sft_restart` at the beginning of SFT,
         # 0 at its end. If it is above 0, SFT sees more beginnings of games at first.
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
-        games.step(actions, restart=rng.random(num_envs) < restart_share)
+        games.step(actions, restart=rng.random(num_games) < restart_share)
 
-        # 5. Report, and save what a later process needs to go on
+        # 5. Report, and save what --resume needs
         done = step + 1
         progress.update()
         if done % 50 == 0 or done == config.sft_steps:
@@ -416,16 +416,15 @@ class MuonAndAdamW:
     the language head are left to AdamW, as Muon's authors advise.
     """
 
-    def __init__(self, policy, lr):
-        head = policy.model.get_output_embeddings()
-        matrices = []
-        for module in policy.model.modules():
-            is_linear = isinstance(module, torch.nn.Linear) and module is not head
-            if is_linear and module.weight.requires_grad:
-                matrices.append(module.weight)
-        ids = {id(matrix) for matrix in matrices}
-        trainable = [p for p in policy.model.parameters() if p.requires_grad]
-        others = [p for p in trainable if id(p) not in ids]
+    def __init__(self, model, parameters, lr):
+        """parameters: those of `model` that are trained, a list."""
+        head = model.get_output_embeddings()
+        weights_of_layers = set()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                weights_of_layers.add(id(module.weight))
+        matrices = [p for p in parameters if id(p) in weights_of_layers]
+        others = [p for p in parameters if id(p) not in weights_of_layers]
 
         self.muon = torch.optim.Muon(
             matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

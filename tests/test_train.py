@@ -320,7 +320,7 @@ def test_demo_play_says_whose_actions_sft_plays(share, tmp_path, monkeypatch):
 
 def test_muon_has_the_matrices_and_adamw_all_else():
     policy = VLMPolicy(*build_tiny())
-    optimizer = train.MuonAndAdamW(policy, 0.1)
+    optimizer = train.MuonAndAdamW(policy.model, list(policy.model.parameters()), 0.1)
     matrices, others = [[id(p) for group in part.param_groups for p in group["params"]] for part in (optimizer.muon, optimizer.adamw)]
     assert sorted(matrices + others) == sorted(id(p) for p in policy.model.parameters())
     names = {id(p): name for name, p in policy.model.named_parameters()}
