@@ -360,7 +360,7 @@ def sft(policy, config, run):
                 actions[i] = env.expert_action(info)
 
         # After this step a share of the games is dealt anew: `sft_restart` at the beginning of SFT,
-        # 0 at its end. If it is above 0, SFT sees more beginnings of games at first.
+        # 0 at its end. So early in SFT more of the states are beginnings of games.
         restart_share = config.sft_restart * (1 - step / config.sft_steps)
         games.step(actions, restart=rng.random(num_games) < restart_share)
 
@@ -410,10 +410,10 @@ class MuonAndAdamW:
     """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
 
     Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. From this sum it
-    makes the step: a matrix with the same directions, but (nearly) equal singular values. So what
-    few samples need is learned as fast as what many need. With "match_rms_adamw" a step is about as
-    large as one of AdamW (Liu et al., 2025), and both have the same learning rate. Embeddings and
-    the language head are left to AdamW, as Muon's authors advise.
+    makes the step: a matrix with the same directions, but (nearly) equal singular values. So
+    directions with small gradients get steps as large as the others. With "match_rms_adamw" a step
+    is about as large as one of AdamW (Liu et al., 2025), and both have the same learning rate.
+    Embeddings and the language head are left to AdamW, as Muon's authors advise.
     """
 
     def __init__(self, model, parameters, lr):
