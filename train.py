@@ -460,8 +460,13 @@ class MuonAndAdamW:
             else:
                 states[self.adamw][index - self.num_matrices] = moments
         for optimizer, state in states.items():
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            load_moments(optimizer, state)
+
+
+def load_moments(optimizer, moments):
+    """Load the "state" of an optimiser's `state_dict`; its groups stay as they are."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1089,8 +1094,7 @@ class Run:
                 weights[name] = x
 
         policy.load_state_dict(weights, strict=False)  # the file lacks what is not trained
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        load_moments(optimizer, moments)
         set_random_states(state["torch_rng"])
         return state
 
