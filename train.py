@@ -409,11 +409,12 @@ def cosine(step, num_steps, start, end):
 class MuonAndAdamW:
     """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
 
-    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. From this sum it
-    makes the step: a matrix with the same directions, but (nearly) equal singular values. So
-    directions with small gradients get steps as large as the others. With "match_rms_adamw" a step
-    is about as large as one of AdamW (Liu et al., 2025), and both have the same learning rate.
-    Embeddings and the language head are left to AdamW, as Muon's authors advise.
+    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. A matrix is a sum of
+    directions, each with a size, its singular value. In a gradient a few sizes are large and most
+    are small. Muon's step keeps the directions and makes the sizes (nearly) equal, so what has
+    small gradients is learned, too. With "match_rms_adamw" a step is about as large as one of AdamW
+    (Liu et al., 2025), and both have the same learning rate. Embeddings and the language head are
+    left to AdamW, as Muon's authors advise.
     """
 
     def __init__(self, model, parameters, lr):
@@ -444,15 +445,15 @@ class MuonAndAdamW:
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self):
-        """The states of both: AdamW's parameters are numbered on from Muon's. The groups are left
-        out, because the constructor makes them again."""
+        """The moments of both. Muon's parameters have the numbers from 0 to num_matrices - 1, and
+        AdamW's follow. The groups are left out, because the constructor makes them again."""
         state = dict(self.muon.state_dict()["state"])
         for index, moments in self.adamw.state_dict()["state"].items():
             state[self.num_matrices + index] = moments
         return {"state": state, "param_groups": []}
 
     def load_state_dict(self, saved):
-        """Load the "state" of `state_dict`; the groups stay as they are."""
+        """Load what `state_dict` has returned."""
         states = {self.muon: {}, self.adamw: {}}
         for index, moments in saved["state"].items():
             if index < self.num_matrices:
@@ -464,7 +465,10 @@ class MuonAndAdamW:
 
 
 def load_moments(optimizer, moments):
-    """Load the "state" of an optimiser's `state_dict`; its groups stay as they are."""
+    """Load an optimiser's moments: the running averages that it keeps for each parameter.
+
+    moments: the "state" of a `state_dict`. The groups, with the learning rate, stay as they are.
+    """
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
