@@ -16,7 +16,6 @@ Read to the heading "Idle words": the tasks come first, then the prompt, then th
 `python prompts.py --env blackjack` prints a prompt, an answer, and what the parser makes of it.
 """
 import argparse
-import itertools
 import json
 import re
 import zlib
@@ -67,25 +66,31 @@ def numberline_thoughts(info):
 
 
 def blackjack_thoughts(info):
-    """What the hand is worth, and how strong the dealer is: "hard 16, may bust, against 9, strong".
+    """What the hand is worth, and how strong the dealer is.
+
+    For 7 5 7 against a king: "7+5=12, +7=19, hard 19, good, against 10, strong". The cards are
+    added up one by one, and both numbers are named each time: a small model cannot do more at once.
 
     Bust: above 21. Soft: an ace counts 11; hard: none does. From 17 on a hand is good. A dealer
-    with 2 to 6 is weak: such hands often bust. Longer hands are added up card by card, because a
-    small model cannot add them at once. For 7 5 7 A: "12, 19, hard 20, good, against 10, strong".
+    with 2 to 6 is weak: such hands often bust.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
-    sums = list(itertools.accumulate(numbers))
     dealer = env.card_number(info["dealer_card"])
 
-    partial_sums = "".join(f"{partial}, " for partial in sums[1:-1])  # after the 2nd card, the 3rd
-    # In the total an ace counts 11 if that does not bust; in the sums it counts 1
-    kind = "soft" if info["player_total"] > sums[-1] else "hard"
+    total = numbers[0]
+    sums = str(total)
+    for number in numbers[1:]:
+        total += number
+        sums += f"+{number}={total}, "
+
+    # In the hand's worth an ace counts 11 if that does not bust; in the sums it counts 1
+    kind = "soft" if info["player_total"] > total else "hard"
     dealer_name = "A" if dealer == 1 else dealer
-    outlook = "may bust" if sums[-1] > 11 else "cannot bust"  # with 11, even a ten makes only 21
+    outlook = "may bust" if total > 11 else "cannot bust"  # with 11, even a ten makes only 21
     if info["player_total"] >= 17:
         outlook = "good"
     strength = "weak" if 2 <= dealer <= 6 else "strong"
-    return (f"{partial_sums}{kind} {info['player_total']}, {outlook}, "
+    return (f"{sums}{kind} {info['player_total']}, {outlook}, "
             f"against {dealer_name}, {strength}")
 
 

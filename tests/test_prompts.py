@@ -1,5 +1,6 @@
 """The parser f and the demonstrations."""
 import json
+import re
 from dataclasses import replace
 
 import gymnasium as gym
@@ -111,6 +112,27 @@ def test_a_blank_is_told_and_shown():
     *_, info = game.step(game.actions.index(str(wrong)))
     assert answer["thoughts"].endswith(f"{second}=, write {env.expert_action(game._info() | {'formula': [first, '_']})}")
     assert json.loads(demonstration(info, "="))["thoughts"].endswith("cannot make 12, write =")
+
+
+def test_blackjack_thoughts_add_up_the_hand():
+    """Each card is named once and in order; every sum is right; what the hand is worth is the game's own total."""
+    value, game, sizes, kinds = {"A": 1, "J": 10, "Q": 10, "K": 10}, env.BlackjackEnv(), set(), set()
+    for seed in range(150):
+        _, info = game.reset(seed=seed)
+        while info["player_total"] < 12 + seed % 10:
+            *_, info = game.step(game.actions.index("hit"))
+        if info["player_total"] > 21:
+            continue
+        thoughts = json.loads(demonstration(info, "hit"))["thoughts"]
+        sums = re.findall(r"(\d*)\+(\d+)=(\d+), ", thoughts)
+        cards = [value.get(card[:-1]) or int(card[:-1]) for card in info["player"]]
+        assert [int(sums[0][0]), *(int(number) for _, number, _ in sums)] == cards
+        assert [int(total) for *_, total in sums] == [sum(cards[:n]) for n in range(2, len(cards) + 1)]
+        kind, total = re.search(r"(hard|soft) (\d+), ", thoughts).groups()
+        assert int(total) == info["player_total"] == sum(cards) + 10 * (kind == "soft")
+        sizes.add(len(cards)), kinds.add(kind)
+    assert sizes >= {2, 3, 4} and kinds == {"hard", "soft"}
+
 
 
 def test_chatter_varies_from_state_to_state_and_comes_before_the_thought():
