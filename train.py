@@ -110,7 +110,7 @@ TASK_SETTINGS = {
     # hands need a product. With more random actions some runs never learnt to write "*".
     ("tiny", "ezpoints"): dict(demo_noise=0.7, env_steps=6144, value_coef=0.01),
     # Most of a reward is chance here, so small steps would take too long
-    ("tiny", "blackjack"): dict(demo_noise=0.85, sft_steps=800, lr=8e-4, lr_end=3e-4),
+    ("tiny", "blackjack"): dict(sft_optimizer="muon", sft_lr=3e-3, lr=8e-4, lr_end=3e-4),
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,
