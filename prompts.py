@@ -68,30 +68,26 @@ def numberline_thoughts(info):
 def blackjack_thoughts(info):
     """What the hand is worth, and how strong the dealer is.
 
-    For 7 5 7 against a king: "7+5=12, +7=19, hard 19, good, against 10, strong". The cards are
-    added up one by one, and both numbers are named each time: a small model cannot do more at once.
+    For 7 5 7 against a king: "7+5=12, +7=hard 19, good, strong dealer". The cards are added up one
+    by one, and each step names both numbers: a small model cannot do more at once.
 
     Bust: above 21. Soft: an ace counts 11; hard: none does. From 17 on a hand is good. A dealer
     with 2 to 6 is weak: such hands often bust.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
-    dealer = env.card_number(info["dealer_card"])
-
-    total = numbers[0]
-    sums = str(total)
-    for number in numbers[1:]:
-        total += number
-        sums += f"+{number}={total}, "
+    sums = f"{numbers[0]}+{numbers[1]}="
+    for i in range(2, len(numbers)):
+        sums += f"{sum(numbers[:i])}, +{numbers[i]}="
 
     # In the hand's worth an ace counts 11 if that does not bust; in the sums it counts 1
+    total = sum(numbers)
     kind = "soft" if info["player_total"] > total else "hard"
-    dealer_name = "A" if dealer == 1 else dealer
     outlook = "may bust" if total > 11 else "cannot bust"  # with 11, even a ten makes only 21
     if info["player_total"] >= 17:
         outlook = "good"
+    dealer = env.card_number(info["dealer_card"])
     strength = "weak" if 2 <= dealer <= 6 else "strong"
-    return (f"{sums}{kind} {info['player_total']}, {outlook}, "
-            f"against {dealer_name}, {strength}")
+    return f"{sums}{kind} {info['player_total']}, {outlook}, {strength} dealer"
 
 
 def points_task(game, count, entries):

@@ -124,11 +124,11 @@ def test_blackjack_thoughts_add_up_the_hand():
         if info["player_total"] > 21:
             continue
         thoughts = json.loads(demonstration(info, "hit"))["thoughts"]
-        sums = re.findall(r"(\d*)\+(\d+)=(\d+), ", thoughts)
         cards = [value.get(card[:-1]) or int(card[:-1]) for card in info["player"]]
-        assert [int(sums[0][0]), *(int(number) for _, number, _ in sums)] == cards
-        assert [int(total) for *_, total in sums] == [sum(cards[:n]) for n in range(2, len(cards) + 1)]
-        kind, total = re.search(r"(hard|soft) (\d+), ", thoughts).groups()
+        terms = re.findall(r"(\d*)\+(\d+)=", thoughts)
+        assert [int(terms[0][0]), *(int(number) for _, number in terms)] == cards
+        assert [int(total) for total in re.findall(r"=(\d+), ", thoughts)] == [sum(cards[:n]) for n in range(2, len(cards))]
+        kind, total = re.search(r"=(hard|soft) (\d+), ", thoughts).groups()
         assert int(total) == info["player_total"] == sum(cards) + 10 * (kind == "soft")
         sizes.add(len(cards)), kinds.add(kind)
     assert sizes >= {2, 3, 4} and kinds == {"hard", "soft"}
