@@ -71,15 +71,15 @@ def blackjack_thoughts(info):
     For 7 5 7 against a king: "7+5=12, +7=hard 19, good, strong dealer". The cards are added up one
     by one, and each step names both numbers: a small model cannot do more at once.
 
-    Bust: above 21. Soft: an ace counts 11; hard: none does. From 17 on a hand is good. A dealer
-    with 2 to 6 is weak: such hands often bust.
+    In the sums an ace counts 1. If it can count 11, the hand is called soft and is worth 10 more:
+    for A 6 "1+6=soft 17". To bust is to have more than 21: a hand may bust if one more card can do
+    that. From 17 on it is good instead. A dealer who shows 2 to 6 often busts, and is weak.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = f"{numbers[0]}+{numbers[1]}="
     for i in range(2, len(numbers)):
         sums += f"{sum(numbers[:i])}, +{numbers[i]}="
 
-    # In the hand's worth an ace counts 11 if that does not bust; in the sums it counts 1
     total = sum(numbers)
     kind = "soft" if info["player_total"] > total else "hard"
     outlook = "may bust" if total > 11 else "cannot bust"  # with 11, even a ten makes only 21

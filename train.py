@@ -409,11 +409,11 @@ def cosine(step, num_steps, start, end):
 class MuonAndAdamW:
     """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
 
-    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. A matrix is a sum of
-    directions, each with a size, its singular value. In a gradient a few sizes are large and most
-    are small. Muon's step keeps the directions and makes the sizes (nearly) equal, so what has
-    small gradients is learned, too. With "match_rms_adamw" a step is about as large as one of AdamW
-    (Liu et al., 2025), and both have the same learning rate. Embeddings and the language head are
+    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. This sum can be split
+    into directions, each with a size, its singular value. A few sizes are large and most are small.
+    Muon's step keeps the directions and makes the sizes (nearly) equal, so what has small gradients
+    is learned, too. With "match_rms_adamw" Muon's step is about as large as AdamW's at the same
+    learning rate (Liu et al., 2025), so one rate serves both. Embeddings and the language head are
     left to AdamW, as Muon's authors advise.
     """
 
