@@ -134,7 +134,6 @@ def test_blackjack_thoughts_add_up_the_hand():
     assert sizes >= {2, 3, 4} and kinds == {"hard", "soft"}
 
 
-
 def test_chatter_varies_from_state_to_state_and_comes_before_the_thought():
     game, openings = gym.make(env.env_id("ezpoints")), set()
     for seed in range(50):
