@@ -84,6 +84,7 @@ class Game(gym.Env):
     `InvalidAction` for an action outside the action space.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
+    observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)  # one for all games
     name: str
     actions: tuple
     saved = ()
@@ -96,7 +97,6 @@ class Game(gym.Env):
             raise ValueError(f"obs {obs!r} is not one of {', '.join(OBSERVATIONS)}")
         self.render_mode = render_mode
         self.obs = obs
-        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.actions))
         self.over = True
         self.episode_return = 0.0

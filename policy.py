@@ -678,7 +678,7 @@ def build_tokenizer(texts):
     ])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, min_frequency=20, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        vocab_size=1024, min_frequency=5, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
 
