@@ -677,6 +677,8 @@ def build_tokenizer(texts):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # pieces as bytes
     ])
     tokenizer.decoder = decoders.ByteLevel()
+    # Pairs that are rarer than `min_frequency` stay apart. With 20, a sum such as 13 or 20 would be
+    # two tokens.
     trainer = trainers.BpeTrainer(
         vocab_size=1024, min_frequency=5, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)

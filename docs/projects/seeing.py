@@ -285,7 +285,7 @@ if __name__ == "__main__":
     # train.py looks these names up when it runs
     train.Collector = ReadingCollector
     train.check_settings = check_settings
-    # SFT is stopped early, and with AdamW it learns more slowly to read
+    # The figures of docs/seeing.md are of these settings
     train.PROJECT_SETTINGS.update(
         project="seeing", env="ezpoints", sft_optimizer="adamw", sft_lr=1e-3, env_steps=6144)
     train.main()
