@@ -664,12 +664,15 @@ def build_tokenizer(texts):
     """A byte-level BPE tokenizer that learns from `texts`; every line of instructions is one
     token."""
     # Cut a text into pieces; no token is larger than its piece. Numbers and operators are pieces of
-    # their own. Words in a row are one piece, so that they may grow into one token.
+    # their own. Words in a row are one piece, so that they may grow into one token. So is a card in
+    # a list, such as ["K" or , "10": else the model would mix up the card 10 and the number 10.
+    card = r'(?:\[|, )"\w{1,2}"'
     pieces = Regex("|".join([
+        card,
         r"\d+",                     # a number
         r"[-+*/()=>]",              # an operator or bracket
         r"[A-Za-z][A-Za-z ]*",      # words, with the spaces between and behind them
-        r"[^-+*/()=>\dA-Za-z]+",    # all else, such as quotes
+        rf"(?:(?!{card})[^-+*/()=>\dA-Za-z])+",    # all else, such as quotes
     ]))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -95,17 +95,16 @@ def points_task(game, count, entries):
     target = game.target
 
     def thoughts(info):
-        # Write the whole plan at every step: what is done, ">", what is left. Then the next entry.
-        # With the cards 3 and 4 and the formula "3" so far: "3 4 make 12: 3 > *4=, write *".
+        # Plan all entries that are left, then name the next one. With the cards 3 and 4 and the
+        # formula "3" so far: "3 4 make 12: *4=, write *".
         # (The action of a demonstration may be another one: SFT teaches the thoughts, RL to act.)
         hand = " ".join(str(number) for number in sorted(info["numbers"]))
         formula = info["formula"]
         plan = env.solve(info["numbers"], target, formula, game.max_entries)
         if plan is None:
             return f"{hand} cannot make {target}, write ="  # nothing can be won: end the game
-        done = "".join(formula)  # the plan begins with it
-        rest = [*plan, "="][len(formula):]
-        return f"{hand} make {target}: {done} > {''.join(rest)}, write {rest[0]}"
+        rest = [*plan, "="][len(formula):]  # the plan begins with the formula
+        return f"{hand} make {target}: {''.join(rest)}, write {rest[0]}"
 
     return Task(
         rules=f"The picture shows {count} playing cards. Write a formula that uses each card once "

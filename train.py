@@ -118,7 +118,7 @@ TASK_SETTINGS = {
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,
-        demo_noise=0.7, demo_play=0.1, value_coef=0.01, value_clip=10.0),
+        demo_noise=0.65, demo_play=0.1, temperature=0.4, value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=1500, demo_noise=0.5,
         env_steps=8192, rollout_steps=512, temperature=0.8,

@@ -1,4 +1,5 @@
 """The model: sampling and scoring agree, special tokens never appear, batching changes nothing."""
+import json
 from unittest.mock import Mock
 
 import gymnasium as gym
@@ -188,6 +189,16 @@ def test_ids_without_a_token_are_never_sampled():
     tokenizer = Mock(all_special_ids=[], added_tokens_decoder={}, get_vocab=lambda: {"a": 0, "b": 1, "z": 7})
     forbidden = policy_module.forbidden_tokens(9, tokenizer, [1])
     assert (forbidden == 0).nonzero().flatten().tolist() == [0, 1, 7]
+
+
+def test_a_card_in_a_list_is_a_token_that_no_number_is():
+    tokenizer = policy_module.build_tokenizer(prompts.corpus())
+    for rank in env.CARD_RANKS:
+        ids = tokenizer(json.dumps({"hand": [rank, rank]}), add_special_tokens=False)["input_ids"]
+        first, second = (tokenizer.decode([i]) for i in ids if rank in tokenizer.decode([i]))
+        assert (first, second) == (f'["{rank}"', f', "{rank}"')
+    numbers = tokenizer("10+2=12", add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode([i]) for i in numbers] == ["10", "+", "2", "=", "12"]
 
 
 def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence():
