@@ -661,11 +661,13 @@ def build_tiny(seed=0, texts=None):
 
 
 def build_tokenizer(texts):
-    """A byte-level BPE tokenizer that learns from `texts`; every line of instructions is one
-    token."""
+    """A tokenizer that learns from `texts`, by byte-pair encoding (BPE): neighbours that are often
+    together become one token. Every line of instructions is one token."""
     # Cut a text into pieces; no token is larger than its piece. Numbers and operators are pieces of
-    # their own. Words in a row are one piece, so that they may grow into one token. So is a card in
-    # a list, such as ["K" or , "10": else the model would mix up the card 10 and the number 10.
+    # their own. Words in a row are one piece, so that they may grow into one token.
+    #
+    # A card in a list is one piece with the sign before it, such as ["K" and , "10" are. Else the
+    # model would mix up the card 10 and the number 10.
     card = r'(?:\[|, )"\w{1,2}"'
     pieces = Regex("|".join([
         card,
@@ -680,21 +682,21 @@ def build_tokenizer(texts):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # pieces as bytes
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    # Pairs that are rarer than `min_frequency` stay apart. With 20, a sum such as 13 or 20 would be
-    # two tokens.
+    # Neighbours that are together less than `min_frequency` times stay apart. With a minimum of 20,
+    # a rare number such as 13 would be two tokens.
     trainer = trainers.BpeTrainer(
         vocab_size=1024, min_frequency=5, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
 
     # The instructions never change: a single token for each line of them halves the cost of a step.
-    # Such a line stands in at least one prompt of each of the `corpus`'s 100 episodes.
+    # `corpus` of prompts.py plays 100 episodes a game, and each of their prompts has such a line.
     lines = Counter()
     for text in texts:
         if "\n" in text:  # a prompt; answers have one line
             lines.update(text.split("\n"))
     instructions = [line for line, count in lines.items() if count >= 100 and len(line) > 20]
-    # But such tokens are never sampled, so none may hold what an answer says
+    # The model never samples these tokens, so no line may become one that an answer has, too
     answers = [text for text in texts if "\n" not in text]
     instructions = [line for line in instructions if not any(line in text for text in answers)]
     tokenizer.add_tokens([AddedToken(line, normalized=False) for line in instructions])

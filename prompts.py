@@ -73,7 +73,8 @@ def blackjack_thoughts(info):
 
     In the sums an ace counts 1. If it can count 11, the hand is called soft and is worth 10 more:
     for A 6 "1+6=soft 17". To bust is to have more than 21: a hand may bust if one more card can do
-    that. From 17 on it is good instead. A dealer who shows 2 to 6 often busts, and is weak.
+    that. From 17 on a hand is called good instead, even a soft 17. A dealer who shows 2 to 6 often
+    busts, and is weak.
     """
     numbers = [env.card_number(card) for card in info["player"]]    # aces count 1
     sums = f"{numbers[0]}+{numbers[1]}="
