@@ -169,8 +169,5 @@ if __name__ == "__main__":
     train.Collector = ArcherCollector
     train.add_settings = add_settings
     train.check_settings = check_settings
-    # PPO's learning rate for Blackjack is too large for these advantages
-    train.TASK_SETTINGS["tiny", "blackjack"].update(
-        env_steps=10240, epochs=2, lr=8e-4, lr_end=3e-4)
     train.PROJECT_SETTINGS.update(project="archer", value_coef=0.0)
     train.main()

@@ -158,9 +158,6 @@ if __name__ == "__main__":
     train.Collector = GroupCollector
     train.add_settings = add_settings
     train.check_settings = check_settings
-    # PPO's learning rate for Blackjack is too large for these advantages
-    train.TASK_SETTINGS["tiny", "blackjack"].update(
-        env_steps=10240, epochs=2, lr=8e-4, lr_end=3e-4)
     # Few environments: a rollout has at least an episode of each
     train.PROJECT_SETTINGS.update(project="grpo", value_coef=0.0, num_envs=32)
     train.main()
