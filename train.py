@@ -110,11 +110,10 @@ TASK_SETTINGS = {
     # hands need a product. With AdamW or more random actions some runs hardly learnt to plan it.
     ("tiny", "ezpoints"): dict(
         sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=4096, value_coef=0.01),
-    # Most of a reward is chance here, so small steps would take too long. But with twice this
-    # learning rate one run of four un-learned.
+    # Most of a reward is chance here, so small steps would take too long. With one pass over a
+    # rollout and twice this learning rate, one run of four un-learned.
     ("tiny", "blackjack"): dict(
-        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7,
-        env_steps=8192, lr=8e-4, lr_end=3e-4),
+        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=8192, lr=8e-4, lr_end=3e-4),
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,

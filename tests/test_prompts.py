@@ -107,7 +107,7 @@ def test_a_blank_is_told_and_shown():
     prompt = build_prompt(info)
     assert f"Formula so far: {first}_\n" in prompt and "leaves a blank _" in prompt
     answer = json.loads(demonstration(info, "+"))
-    assert answer["formula"] == f"{first}_"
+    assert answer["formula"] == f"{first}_" and f" make 12: {env.expert_action(info)}{second}=" in answer["thoughts"]
     game.step(game.actions.index(str(wrong)))
     *_, info = game.step(game.actions.index(str(wrong)))
     assert answer["thoughts"].endswith(f"{second}=, write {env.expert_action(game._info() | {'formula': [first, '_']})}")
