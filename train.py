@@ -409,15 +409,63 @@ def cosine(step, num_steps, start, end):
     return end + (start - end) * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
+class Muon(torch.optim.Optimizer):
+    """An optimiser for matrices (Jordan et al., 2024).
+
+    Muon sums up a matrix's gradients, as momentum does. This sum can be split into directions, each
+    with a size, its singular value. A few sizes are large and most are small. Muon's step keeps the
+    directions and makes the sizes nearly equal, so what has small gradients is learned, too.
+
+    `torch.optim.Muon` does the same in bfloat16. A CPU without instructions for bfloat16 takes
+    about twenty times as long for that. So this class computes in float32.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                gradient = matrix.grad
+                if gradient is None:  # this forward pass did not use the matrix
+                    continue
+                # 1. The mean of the gradients so far, and from there a step ahead (Nesterov)
+                state = self.state[matrix]
+                if not state:
+                    state["mean"] = torch.zeros_like(matrix)
+                state["mean"].lerp_(gradient, 1 - self.MOMENTUM)
+                direction = gradient.lerp(state["mean"], self.MOMENTUM)
+
+                # 2. Make the sizes equal. Times this scale, the step is about as large as AdamW's
+                # at the same learning rate (Liu et al., 2025), so one rate serves both
+                scale = 0.2 * math.sqrt(max(matrix.shape))
+                matrix.sub_(orthogonal(direction), alpha=group["lr"] * scale)
+
+
+def orthogonal(matrix):
+    """A matrix with the directions of `matrix` and singular values near 1 (from 0.7 to 1.2).
+
+    Each of five Newton-Schulz steps turns every singular value s into
+    3.4445 s - 4.775 s^3 + 2.0315 s^5 (numbers of Jordan et al., 2024). This moves values between 0
+    and 1 towards 1; very small ones would need more steps. With x x^T x a matrix takes the place of
+    s^3, so the singular values need not be known.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix  # then x x^T is the smaller product
+    x = x / x.norm().clamp(min=1e-7)     # now no singular value is above 1
+    for _ in range(5):
+        squared = x @ x.T
+        x = 3.4445 * x + (-4.775 * squared + 2.0315 * squared @ squared) @ x
+    return x.T if is_tall else x
+
+
 class MuonAndAdamW:
     """Two optimisers that work as one: Muon for the matrices of linear layers, AdamW for all else.
 
-    Muon (Jordan et al., 2024) sums up a matrix's gradients, as momentum does. This sum can be split
-    into directions, each with a size, its singular value. A few sizes are large and most are small.
-    Muon's step keeps the directions and makes the sizes (nearly) equal, so what has small gradients
-    is learned, too. With "match_rms_adamw" Muon's step is about as large as AdamW's at the same
-    learning rate (Liu et al., 2025), so one rate serves both. Embeddings and the language head are
-    left to AdamW, as Muon's authors advise.
+    Embeddings and the language head are left to AdamW, as Muon's authors advise.
     """
 
     def __init__(self, model, parameters, lr):
@@ -430,8 +478,7 @@ class MuonAndAdamW:
         matrices = [p for p in parameters if id(p) in weights_of_layers]
         others = [p for p in parameters if id(p) not in weights_of_layers]
 
-        self.muon = torch.optim.Muon(
-            matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(matrices, lr)
         self.adamw = torch.optim.AdamW(others, lr, weight_decay=0.0, fused=True)
         self.num_matrices = len(matrices)
 

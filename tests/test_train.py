@@ -328,6 +328,32 @@ def test_muon_has_the_matrices_and_adamw_all_else():
     assert not any("proj" in names[i] and names[i].endswith("weight") for i in others)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_orthogonal_keeps_directions_and_makes_sizes_equal(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    sizes = torch.logspace(0, -1, 8)  # from 1 down to 0.1
+    result = left.T @ train.orthogonal(left @ torch.diag(sizes) @ right) @ right.T
+    assert torch.allclose(result, torch.diag(result.diagonal()), atol=1e-5)
+    assert 0.65 < result.diagonal().min() and result.diagonal().max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 192)])
+def test_muon_takes_the_steps_of_the_library(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    start = ours.detach().clone()
+    optimizer = train.Muon([ours], 3e-3)
+    library = torch.optim.Muon([theirs], 3e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        library.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()  # the library rounds to bfloat16, 8 bits
+
+
 @pytest.mark.parametrize("stops_at_once", [True, False])
 def test_a_model_that_never_acts_does_not_break_training(stops_at_once, tmp_path, monkeypatch):
     def mute(config, weights=None, build=train.build_policy):
