@@ -410,14 +410,16 @@ def cosine(step, num_steps, start, end):
 
 
 class Muon(torch.optim.Optimizer):
-    """An optimiser for matrices (Jordan et al., 2024).
+    """An optimiser for matrices (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon).
 
-    Muon sums up a matrix's gradients, as momentum does. This sum can be split into directions, each
-    with a size, its singular value. A few sizes are large and most are small. Muon's step keeps the
-    directions and makes the sizes nearly equal, so what has small gradients is learned, too.
+    Muon keeps a running average of a matrix's gradients, as momentum does. Its singular value
+    decomposition is a sum of directions (pairs of unit vectors), each with a size, its singular
+    value. A few sizes are large and most are small. Muon's step has the same directions, with
+    nearly equal sizes. So what has small gradients is learned, too.
 
-    `torch.optim.Muon` does the same in bfloat16. A CPU without instructions for bfloat16 takes
-    about twenty times as long for that. So this class computes in float32.
+    The step is that of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and without weight
+    decay. But that class computes in bfloat16. On a CPU without instructions for it this made SFT
+    twice as long (docs/speed.md). This class computes in float32, the precision of the weights.
     """
 
     MOMENTUM = 0.95
@@ -432,33 +434,37 @@ class Muon(torch.optim.Optimizer):
                 gradient = matrix.grad
                 if gradient is None:  # this forward pass did not use the matrix
                     continue
-                # 1. The mean of the gradients so far, and from there a step ahead (Nesterov)
+                # 1. The running average (`lerp` mixes two tensors), then the newest gradient once
+                # more (Nesterov)
                 state = self.state[matrix]
                 if not state:
-                    state["mean"] = torch.zeros_like(matrix)
-                state["mean"].lerp_(gradient, 1 - self.MOMENTUM)
-                direction = gradient.lerp(state["mean"], self.MOMENTUM)
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"]
+                average.lerp_(gradient, 1 - self.MOMENTUM)
+                update = gradient.lerp(average, self.MOMENTUM)
 
-                # 2. Make the sizes equal. Times this scale, the step is about as large as AdamW's
-                # at the same learning rate (Liu et al., 2025), so one rate serves both
+                # 2. Make the sizes nearly equal, and the root mean square of the numbers about 0.2.
+                # AdamW's is similar, so one learning rate serves both (Liu et al., 2025,
+                # https://arxiv.org/abs/2502.16982)
                 scale = 0.2 * math.sqrt(max(matrix.shape))
-                matrix.sub_(orthogonal(direction), alpha=group["lr"] * scale)
+                matrix.sub_(nearly_orthogonal(update), alpha=group["lr"] * scale)
 
 
-def orthogonal(matrix):
-    """A matrix with the directions of `matrix` and singular values near 1 (from 0.7 to 1.2).
+def nearly_orthogonal(matrix):
+    """A matrix with the directions of `matrix`, and with singular values from 0.68 to 1.21.
 
-    Each of five Newton-Schulz steps turns every singular value s into
-    3.4445 s - 4.775 s^3 + 2.0315 s^5 (numbers of Jordan et al., 2024). This moves values between 0
-    and 1 towards 1; very small ones would need more steps. With x x^T x a matrix takes the place of
-    s^3, so the singular values need not be known.
+    Only a singular value that was less than 0.002 of the matrix's norm stays smaller. Each of five
+    steps (called Newton-Schulz) turns every singular value s into
+    3.4445 s - 4.775 s^3 + 2.0315 s^5, with numbers of Jordan et al. They were chosen so that small
+    values grow fast; the others move up and down in that range. x x^T x has the directions of x and
+    the sizes s^3, and (x x^T)^2 x has s^5. So a few products are enough, and no decomposition.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix  # then x x^T is the smaller product
-    x = x / x.norm().clamp(min=1e-7)     # now no singular value is above 1
+    x = matrix.T if is_tall else matrix  # the result is the same, but x x^T is smaller
+    x = x / x.norm().clamp(min=1e-7)     # norm^2 is the sum of all s^2, so now no s is above 1
     for _ in range(5):
-        squared = x @ x.T
-        x = 3.4445 * x + (-4.775 * squared + 2.0315 * squared @ squared) @ x
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
     return x.T if is_tall else x
 
 
@@ -495,8 +501,9 @@ class MuonAndAdamW:
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self):
-        """The moments of both. Muon's parameters have the numbers from 0 to num_matrices - 1, and
-        AdamW's follow. The groups are left out, because the constructor makes them again."""
+        """The running averages of both. Muon's parameters have the numbers from 0 to
+        num_matrices - 1, and AdamW's follow. The groups (learning rates) are left out, because the
+        constructor makes them again."""
         state = dict(self.muon.state_dict()["state"])
         for index, moments in self.adamw.state_dict()["state"].items():
             state[self.num_matrices + index] = moments
