@@ -111,13 +111,16 @@ TASK_SETTINGS = {
     ("tiny", "ezpoints"): dict(
         sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=4096, value_coef=0.01),
     # Most of a reward is chance here, so small steps would take too long. With one pass over a
-    # rollout and twice this learning rate, one run of four un-learned.
+    # rollout and twice this learning rate, one run of four un-learned. Games of SFT go on with
+    # the demonstrated action, often a random one. So SFT sees more hands of three or four cards.
     ("tiny", "blackjack"): dict(
-        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=8192, lr=8e-4, lr_end=3e-4),
+        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, demo_play=1.0,
+        env_steps=6144, lr=8e-4, lr_end=3e-4),
     # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
     ("tiny", "points24"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,
-        demo_noise=0.65, demo_play=0.1, temperature=0.4, value_coef=0.01, value_clip=10.0),
+        demo_noise=0.65, demo_play=0.1, env_steps=3072, temperature=0.4, lr=6e-4, lr_end=2e-4,
+        value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=1500, demo_noise=0.5,
         env_steps=8192, rollout_steps=512, temperature=0.8,
