@@ -109,7 +109,7 @@ TASK_SETTINGS = {
     # Returns of 10 make squared errors of 100: they must not outweigh the policy's gradient. Few
     # hands need a product. With AdamW or more random actions some runs hardly learnt to plan it.
     ("tiny", "ezpoints"): dict(
-        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=4096, value_coef=0.01),
+        sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=3072, value_coef=0.01),
     # Most of a reward is chance here, so small steps would take too long. With one pass over a
     # rollout and twice this learning rate, one run of four un-learned. Games of SFT go on with
     # the demonstrated action, often a random one. So SFT sees more hands of three or four cards.
