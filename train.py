@@ -107,16 +107,16 @@ PRESETS = {"tiny": {}, "small": SMALL, "paper": PAPER}
 TASK_SETTINGS = {
     ("tiny", "numberline"): dict(env_steps=6144),
     # Returns of 10 make squared errors of 100: they must not outweigh the policy's gradient. Few
-    # hands need a product. With AdamW or more random actions some runs hardly learnt to plan it.
+    # hands need a product. With AdamW or more random actions some runs hardly learnt to write it.
     ("tiny", "ezpoints"): dict(
         sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, env_steps=3072, value_coef=0.01),
-    # Most of a reward is chance here, so small steps would take too long. With one pass over a
-    # rollout and twice this learning rate, one run of four un-learned. Games of SFT go on with
-    # the demonstrated action, often a random one. So SFT sees more hands of three or four cards.
+    # Most of a reward is chance here, so a small learning rate would take too long. With one pass
+    # over a rollout and twice this rate, one run of four lost what it had learned. Games of SFT go
+    # on with the demonstrated action, often a random one: so more hands have three or four cards.
     ("tiny", "blackjack"): dict(
         sft_optimizer="muon", sft_lr=3e-3, demo_noise=0.7, demo_play=1.0,
         env_steps=6144, lr=8e-4, lr_end=3e-4),
-    # Points24 and ALFWorld have longer episodes and answers, and were tuned apart
+    # Points24 and ALFWorld have longer episodes and answers, so they have settings of their own
     ("tiny", "points24"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=2400, sft_batch=64, sft_restart=0.5,
         demo_noise=0.65, demo_play=0.1, env_steps=3072, temperature=0.4, lr=6e-4, lr_end=2e-4,
