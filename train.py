@@ -900,7 +900,7 @@ def finish(config, run):
 # -------------------------------------------------------------------------------------------------
 # SFT weights that are kept. The method does not need it.
 
-SFT_VERSION = 2  # to be raised when the code of SFT or of the built-in model changes
+SFT_VERSION = 3  # to be raised when the code of SFT or of the built-in model changes
 
 
 def sft_cache(config, out):
