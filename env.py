@@ -1376,6 +1376,7 @@ class ALFWorldEnv(Game):
 
     def state(self):
         subgoal, command = self._plan()
+
         return {
             "task": self._task,
             "task_type": self._task_type,
@@ -2238,6 +2239,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
         self._observation = observations[0]
         self._won = bool(self._answer["won"][0])
 
+        # Where the agent stands now, and what it carries
         if command is not None and "You arrive at" in self._observation:
             self.place = command.removeprefix("go to ")
         taken = re.search(r"You pick up the (\w+ \d+)", self._observation)
