@@ -1269,7 +1269,6 @@ class ALFWorldEnv(Game):
 
     State:
     task, task_type    the task in words, and its type, a key of ALFRED_TASKS
-    target             the kind of object that the task is about, such as "mug"
     observation        the engine's words
     place, visible     the receptacle in front of the agent (at first ""), and what is seen there
     carried            the object that the agent carries, or ""
@@ -1376,11 +1375,9 @@ class ALFWorldEnv(Game):
 
     def state(self):
         subgoal, command = self._plan()
-
         return {
             "task": self._task,
             "task_type": self._task_type,
-            "target": self._target,
             "observation": self._observation,
             "place": self._place,
             "visible": self._visible(),
@@ -1641,19 +1638,14 @@ class ALFWorldEnv(Game):
         return possible[0] if possible else ""
 
     def _find(self, kind):
-        """Return (aim in words, next command or ""): look for a kind of thing that was not seen.
-
-        The aim names the places where the agent has not looked, at most six: "find a mug in
-        cabinet 1, drawer 1".
-        """
+        """Return (aim in words, next command or ""): look for a kind of thing that was not seen."""
         article = "an" if kind[0] in "aeiou" else "a"
         aim = f"find {article} {kind}"
         unseen = [r for r in self._receptacles if r not in self._seen]
         if not unseen:
             return aim, ""
-        unseen.sort(key=lambda r: (not self._fits(r, kind), r))  # the likeliest first
-        places = ", ".join(sorted(unseen[:6]))
-        return f"{aim} in {places}", self._go_and(unseen[0], "")
+        likeliest = min(unseen, key=lambda r: (not self._fits(r, kind), r))
+        return aim, self._go_and(likeliest, "")
 
     # -- the picture: 5 x 5 cells of 60 pixels, because a patch of the built-in model has 60 pixels
 
@@ -2204,12 +2196,12 @@ def speed_up_textworld():
 class ALFWorldThorEnv(ALFWorldEnv):
     """ALFWorld in the simulator AI2-THOR: its frames instead of drawings, else as `ALFWorldEnv`.
 
-    It plays the data set's games. `place`, `visible` and `carried` are what the engine's words say,
-    and `subgoal` is the expert's next command.
+    It plays the data set's games. `visible` and `carried` are what the engine's words say,
+    `subgoal` is the expert's next command, and there is no `place`.
 
     engine: an `AlfredThorEnv` of one game; left out, it is made from ALFWORLD_DATA.
     """
-    saved = ("game", "played", "place", "carried")
+    saved = ("game", "played", "carried")
 
     def __init__(self, render_mode=None, obs="image", split="train", engine=None):
         self.engine = engine or thor_engine(split)
@@ -2223,7 +2215,6 @@ class ALFWorldThorEnv(ALFWorldEnv):
 
     def _begin(self, game, trajectory):
         self.played = []
-        self.place = ""
         self.carried = ""
         self._send(None, True, game["file"])
         self._task = re.search(r"Your task is to: (.*?)\.?$", self._observation)[1]
@@ -2239,9 +2230,6 @@ class ALFWorldThorEnv(ALFWorldEnv):
         self._observation = observations[0]
         self._won = bool(self._answer["won"][0])
 
-        # Where the agent stands now, and what it carries
-        if command is not None and "You arrive at" in self._observation:
-            self.place = command.removeprefix("go to ")
         taken = re.search(r"You pick up the (\w+ \d+)", self._observation)
         if taken:
             self.carried = taken[1]
@@ -2260,14 +2248,12 @@ class ALFWorldThorEnv(ALFWorldEnv):
         if plan and plan[0] in self._commands:
             expert = plan[0]
 
-        # A folder has the type of task and the object in its name: "pick_and_place_simple-Mug-..."
+        # The type of task is in the file's name
         task_type = ""
-        target = ""
         for key, alfred_name in ALFRED_TASKS.items():
-            named = re.search(rf"{alfred_name}-(\w+)", str(self._answer["extra.gamefile"][0]))
-            if named:
+            if alfred_name in str(self._answer["extra.gamefile"][0]):
                 task_type = key
-                target = named[1].lower()
+                break
 
         # "..., you see a mug 1, and a book 2."
         visible = []
@@ -2278,9 +2264,7 @@ class ALFWorldThorEnv(ALFWorldEnv):
         return {
             "task": self._task,
             "task_type": task_type,
-            "target": target,
             "observation": self._observation,
-            "place": self.place,
             "carried": self.carried,
             "won": self._won,
             "success": self._won,

@@ -91,14 +91,6 @@ def blackjack_thoughts(info):
     return f"{sums}{kind} {info['player_total']}, {outlook}, {strength} dealer"
 
 
-def alfworld_thoughts(info):
-    """The task, the aim and the next command: "heat mug, find a mug in drawer 1: open drawer 1".
-
-    The aim names all places that are left, so the model reads the room's map before it chooses.
-    """
-    return f"{info['task_type']} {info['target']}, {info['subgoal']}: {info['expert']}"
-
-
 def points_task(game, count, entries):
     """The task of EZPoints or Points24, a class of env.py: a formula of `count` cards."""
     target = game.target
@@ -155,11 +147,10 @@ TASKS = {
               "of the room and what you carry. Do the task: go to places, open them, find things, "
               "carry them",
         fields={
-            "place": Field("where you stand", lambda info: info["place"] or "nowhere"),
             "seen": Field(["each thing in front"], lambda info: info["visible"]),
             "carrying": Field("what you carry", lambda info: info["carried"] or "nothing"),
         },
-        thoughts=alfworld_thoughts,
+        thoughts=lambda info: f"{info['subgoal']}: {info['expert']}",
         state=lambda info: f"Task: {info['task']}\n{info['observation']}\n",
     ),
 }

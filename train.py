@@ -123,7 +123,7 @@ TASK_SETTINGS = {
         value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
         sft_optimizer="muon", sft_lr=3e-3, sft_steps=1500, demo_noise=0.5,
-        env_steps=8192, rollout_steps=512, temperature=0.5,
+        env_steps=8192, rollout_steps=512, temperature=0.8,
         epochs=4, lr=6e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
     # Returns of 10, and in ALFWorld of 50, as above
     ("small", "ezpoints"): dict(value_coef=0.002),

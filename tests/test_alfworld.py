@@ -172,25 +172,6 @@ def test_pictures_and_infos_hide_what_was_not_seen(kind):
     assert kind != "cool" or closed
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_thoughts_name_the_task_and_the_places_that_are_left(kind):
-    searches = 0
-    for number in range(3):
-        game, _ = begin(kind, number)
-        left = set(re.findall(r"an? (\w+ \d+)", game._observation))  # the first words list all receptacles
-        while not game._won:
-            info = game._info()
-            task, aim = json.loads(prompts.demonstration(info, "look"))["thoughts"].split(", ", 1)
-            assert task == f"{kind} {game._target}" and game._target in info["task"]
-            if named := re.match(r"find an? \w+ in (.*): (go to|open) (.*)", aim):
-                assert named[1].split(", ") == sorted(left) and named[3] in left
-                searches += 1
-            play(game, info["expert"])
-            if "closed" not in game._observation:  # else it stands in front of a closed door
-                left.discard(game._place)
-    assert searches >= 3
-
-
 def test_what_is_opened_carried_or_changed_shows():
     game, walkthrough = begin("heat", 0)
     pictures = [game.render()]
@@ -456,12 +437,12 @@ def test_thor_frames_words_and_rewards(capsys):
     image, info = game.reset(seed=0)
     assert image.shape == (300, 300, 3) and image[0, 0].tolist() == [0, 0, 255] and image[-1, 0].tolist() == [255, 0, 0]  # the frame's blue came first
     assert info["task"] == "put a hot mug in shelf" and info["task_type"] == "heat" and info["legal_actions"] == sorted([*Simulator().plan, "look", "inventory"])
-    assert info["visible"] == ["desk 1", "shelf 1"] and info["carried"] == info["place"] == "" and info["target"] == "mug"
+    assert info["visible"] == ["desk 1", "shelf 1"] and info["carried"] == ""
     rewards = []
     for carried in ("", "mug 1", ""):
         _, reward, terminated, truncated, info = game.step(info["legal_actions"].index(game.expert(info)))
         rewards.append(reward)
-        assert info["carried"] == carried and info["place"] == "desk 1"
+        assert info["carried"] == carried
         assert "alfworld" == info["env"] and prompts.build_prompt(info) and prompts.demonstration(info, info["expert"])
     assert rewards == pytest.approx([1 / 3, 2 / 3, 51]) and terminated and not truncated and info["success"]
     assert capsys.readouterr().out == ""
