@@ -1402,6 +1402,35 @@ def seconds_per_answer(policy, config):
     return seconds / len(images), score_seconds / len(piece)
 
 
+def warn_of_busy_cores(policy, config):
+    """Say so if other programs make several threads much slower than one (docs/running.md).
+
+    After each piece of work, PyTorch's threads wait for the slowest of them. If another program
+    keeps a core busy, the thread on this core makes all others wait. The pieces of the built-in
+    model are small, so this happens often. In larger models it matters less, and a try is longer.
+    """
+    num_threads = torch.get_num_threads()
+    if config.device != "cpu" or config.model != "tiny" or num_threads == 1:
+        return
+
+    games = make_games("sft", 8, config)
+    questions = [prompts.build_prompt(info, config.prompt) for info in games.infos]
+
+    def work():
+        with torch.no_grad():
+            for _ in range(6):
+                policy.value(games.images, questions)
+
+    _, seconds = timed(work)
+    torch.set_num_threads(1)
+    _, seconds_of_one = timed(work)
+    torch.set_num_threads(num_threads)
+    if seconds > 2 * seconds_of_one:
+        say(f"other programs are busy: {num_threads} threads take {seconds / seconds_of_one:.0f} "
+            "times as long as one. Stop them, or stop this run (Ctrl-C) and put OMP_NUM_THREADS=1 "
+            "before its command")
+
+
 def timed(work):
     """(what work() returns, how many seconds it took)."""
     began = time.perf_counter()
@@ -1656,6 +1685,7 @@ def run_in(config, out):
         is_new = run.state["stage"] is None
         if rank() == 0 and is_new and config.project is None and config.alfworld == "text":
             say(time_line(time_plan(policy, config, sft_is_done=weights is not None)))
+            warn_of_busy_cores(policy, config)
             run.began = time.time()
         return train(policy, config, run, weights)
 

@@ -590,8 +590,25 @@ def test_to_expect_a_time_changes_nothing(flags, monkeypatch):
     expected = torch.rand(3)
     torch.manual_seed(5)
     train.time_plan(policy, config, sft_is_done=False)
+    train.warn_of_busy_cores(policy, config)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(x, weights[name]) for name, x in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("slowness, device, said", [(9, "cpu", True), (1, "cpu", False), (9, "cuda", False)])
+def test_threads_that_are_slower_than_one_are_reported(slowness, device, said, monkeypatch, capsys):
+    """`slowness`: a step with four threads takes so many seconds; with one thread it takes one."""
+    config, _ = train.configure(["--env", "blackjack"])
+    config.device = device
+    threads = [4]
+    clock = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: sum(clock))
+    policy = Namespace(value=lambda *_: clock.append(slowness if threads[-1] == 4 else 1))
+    train.warn_of_busy_cores(policy, config)
+    assert threads[-1] == 4  # as before
+    assert ("4 threads take 9 times as long as one" in capsys.readouterr().out) == said
 
 
 def test_a_time_has_a_unit():
