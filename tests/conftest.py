@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test leaves games in the user's cache
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.pop("ALFWORLD_DATA", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch: a busy core makes more threads very slow
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the six files are modules of the folder above
 
 NO_ALFWORLD = "ALFWorld is not installed: pip install alfworld==0.4.2"
