@@ -122,8 +122,8 @@ TASK_SETTINGS = {
         demo_noise=0.65, demo_play=0.1, env_steps=3072, temperature=0.4, lr=6e-4, lr_end=2e-4,
         value_coef=0.01, value_clip=10.0),
     ("tiny", "alfworld"): dict(
-        sft_optimizer="muon", sft_lr=3e-3, sft_steps=1500, demo_noise=0.5,
-        env_steps=8192, rollout_steps=512, temperature=0.8,
+        sft_optimizer="muon", sft_lr=3e-3, sft_steps=3000, demo_noise=0.5,
+        env_steps=4096, rollout_steps=512, temperature=0.5,
         epochs=4, lr=6e-4, lr_end=3e-5, value_coef=0.001, value_clip=50.0, eval_episodes=300),
     # Returns of 10, and in ALFWorld of 50, as above
     ("small", "ezpoints"): dict(value_coef=0.002),
